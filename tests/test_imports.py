@@ -30,7 +30,7 @@ LAYERS = (
         "rundir",
     }
     | {"calls", "devices", "divided", "halving", "meshes", "ranges", "scales", "tree", "vocabulary"}
-    | {"diffusion", "lanczos", "permutations", "progress", "spectrum", "xla"},
+    | {"diffusion", "factorization", "lanczos", "permutations", "progress", "spectrum", "xla"},
     {"grouped"},
     {"ops", "interop"},
     {"gather", "leaves"},

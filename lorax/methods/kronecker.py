@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax import leaves, tree
+from lorax.factorization import factorization
 from lorax.methods import lora
 from lorax.methods.arrays import joined, key_for, matrices, updates
 from lorax.methods.contract import Method, State
@@ -133,21 +134,6 @@ def _factor(x, i: int):
     if f"w{i}" in x:
         total += x[f"on{i}"].astype(x[f"w{i}"].dtype)[..., None, None] * x[f"w{i}"]
     return total
-
-
-def factorization(size: int, factor: int = -1) -> tuple[int, int]:
-    """(m, n) with m n = size: m is `factor` if that divides size, otherwise the largest divisor up
-    to `factor` and the square root; -1: up to the square root. As PEFT's function of this name.
-
-    Raises ValueError for a factor that is neither positive nor -1.
-    """
-    if factor < 1 and factor != -1:
-        raise ValueError(f"method.factor: {factor} given, must be at least 1, or -1 for the root")
-    if factor > 0 and size % factor == 0:
-        return factor, size // factor
-    most = math.isqrt(size) if factor == -1 else min(factor, math.isqrt(size))
-    m = max(d for d in range(1, most + 1) if size % d == 0)
-    return m, size // m
 
 
 # ------------------------------------------------------------------------------------------- both

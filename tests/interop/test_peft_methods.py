@@ -573,7 +573,6 @@ def test_a_config_of_nonsense_is_read_or_named(name, stored, tmp_path):
         ("vera", {"r": 7}, {}, "adapter_config.json: r: 7, but 24 in vera_A"),
         ("vera", {"target_modules": ["q_proj"]}, {}, "target_modules: .* leaves out .*_proj"),
         ("loha", LAST_LAYER, {}, r"layers_to_transform: \[1\] leaves out model.layers.0"),
-        ("loha", {"use_effective_conv2d": True}, {}, "use_effective_conv2d: True given"),
         ("hira", {"r": 7}, {}, "rank 3, but 7 in adapter_config.json, r or rank_pattern"),
         ("shira", {"r": 1}, {}, r"_proj, r 1: shira_weight should be \(56\), it is \(112,\)"),
         ("miss", {"r": 7}, {}, r"_proj, r 7: miss_block should be \(7, 16\), it is \(6, 16\)"),

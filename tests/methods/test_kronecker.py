@@ -17,7 +17,7 @@ from support import few, require
 
 import lorax
 from lorax import leaves, methods, ops, tree
-from lorax.methods import kronecker
+from lorax.factorization import factorization
 from lorax.methods.kronecker import loha, lokr
 
 
@@ -253,11 +253,11 @@ def test_what_starts_at_zero_and_how_wide_the_rest_is(method, rows):
 
 def test_factorization_is_that_of_peft():
     require("peft")
-    from peft.tuners.lokr.layer import factorization
+    from peft.tuners.lokr.layer import factorization as pefts
 
     for factor in (-1, 1, 2, 3, 4, 7, 8, 60):
         for size in (*range(1, 130), 768, 2304, 3072, 50257):
-            assert kronecker.factorization(size, factor) == factorization(size, factor)
+            assert factorization(size, factor) == pefts(size, factor)
 
 
 # -------------------------------------------------------------------------------------------- PEFT

@@ -55,6 +55,7 @@ class Found(NamedTuple):
     beside: {name: shape} of other trained tensors: biases, norms, heads.
     config: what the file says about itself, as it says it: its base, ranks, alpha, trigger words.
     notes: what is true of the file as a whole, a line each.
+    changes: those of `beside` that are differences of biases and norms, by LyCORIS's words.
     """
 
     format: str
@@ -63,3 +64,4 @@ class Found(NamedTuple):
     beside: dict[str, tuple[int, ...]]
     config: dict[str, Any]
     notes: tuple[str, ...] = ()
+    changes: Mapping[str, Stored] = {}

@@ -10,8 +10,8 @@
                 also what diffusers' `save_lora_adapter` writes
 
 (diffusers, utils/state_dict_utils.py, loaders/peft.py and loaders/lora_conversion_utils.py.) s is
-from a tensor "alpha", from diffusers' metadata "lora_adapter_metadata", a `LoraConfig` for each
-prefix, or of the file if names have no prefix, or 1.
+from a tensor "alpha", from diffusers' metadata "lora_adapter_metadata", a `LoraConfig` or a
+`LoKrConfig` for each prefix, or of the file if names have no prefix, or 1.
 """
 
 import json
@@ -24,10 +24,11 @@ import numpy as np
 
 from lorax.files import write_bytes
 from lorax.interop.formats import factored, fused, image_names, updates
+from lorax.interop.formats.configs import config_fields
 from lorax.interop.formats.contract import Found, Update
-from lorax.interop.formats.kohya import of_alpha, put, readable
+from lorax.interop.formats.kohya import changes, of_alpha, put, readable, shapes_of
 from lorax.interop.formats.opened import Opened, fields, open_adapter
-from lorax.interop.peft.config import ALPHAS, COUNT, NUMBER, RANKS, scale_of
+from lorax.interop.peft.config import ALPHAS, COUNT, NUMBER, RANKS, scale_of_kind
 from lorax.interop.peft.files import serialise
 from lorax.interop.tensors import Stored
 
@@ -41,6 +42,7 @@ PREFIXES = {
 }
 FILE = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
+_HELD = (*factored.KINDS, "LoKr")  # kinds that `write` takes
 _SIDES = {"down": "lora_down", "up": "lora_up", "A": "lora_down", "B": "lora_up"}
 _SIDES |= {"mid": "lora_mid", "magnitude_vector": "magnitude"}
 #: A module and the last words of its tensors, of every generation.
@@ -70,14 +72,13 @@ def _format(opened: Opened) -> str:
 def read(opened: Opened) -> Found:
     """The updates of a file. Raises ValueError that names file and tensor."""
     found, beside = _modules(opened)
-    config = fields(opened.metadata)
-    return Found(
-        _format(opened), opened.path, fused.updates_of(found, opened.as_stored), beside, config
-    )
+    made = fused.updates_of(found, opened.as_stored)
+    about = shapes_of(beside), fields(opened.metadata)
+    return Found(_format(opened), opened.path, made, *about, changes=changes(beside))
 
 
-def _modules(opened: Opened) -> tuple[list[updates.Module], dict[str, tuple[int, ...]]]:
-    """(the modules of a file as they are stored, {name: shape} of biases and norms)."""
+def _modules(opened: Opened) -> tuple[list[updates.Module], dict[str, Stored]]:
+    """(the modules of a file as they are stored, {name: tensor} of biases and norms)."""
     configs = _configs(opened)
 
     def scale_of(layer: str, alpha: Stored | None) -> updates.Scale:
@@ -121,8 +122,8 @@ def _by_layer(opened: Opened) -> dict[str, dict[str, Stored]]:
 
 
 def _configs(opened: Opened) -> dict[str, dict[str, Any]]:
-    """{component: its fields of a LoraConfig} from diffusers' metadata; the component is "" in a
-    file of one model, which `save_lora_adapter` writes."""
+    """{component: its fields of a LoraConfig or LoKrConfig} from diffusers' metadata; the component
+    is "" in a file of one model, which `save_lora_adapter` writes."""
     if METADATA not in opened.metadata:
         return {}
     stored = fields(opened.metadata)[METADATA]
@@ -133,7 +134,8 @@ def _configs(opened: Opened) -> dict[str, dict[str, Any]]:
     for key, value in stored.items():
         component, _, field = key.rpartition(".")
         configs.setdefault(component, {})[field] = value
-    want = {"r": COUNT, "lora_alpha": NUMBER, "rank_pattern": RANKS, "alpha_pattern": ALPHAS}
+    want = {"r": COUNT, "lora_alpha": NUMBER, "alpha": NUMBER}
+    want |= {"rank_pattern": RANKS, "alpha_pattern": ALPHAS}
     for component, config in configs.items():
         for field, kind in want.items():
             if field in config and not kind.fits(config[field]):
@@ -143,13 +145,14 @@ def _configs(opened: Opened) -> dict[str, dict[str, Any]]:
 
 
 def _of_config(config: dict[str, Any], module: str, file: Path) -> updates.Scale:
-    source = "metadata lora_alpha / sqrt r" if config.get("use_rslora") else ""
-    source = source or "metadata lora_alpha / r"
+    lokr = "alpha" in config and "lora_alpha" not in config
+    divisor = "sqrt r" if config.get("use_rslora") else "r"
+    source = f"metadata {'alpha' if lokr else 'lora_alpha'} / {divisor}"
 
     def scale(layer: str, rank: int | None) -> tuple[float, str]:
-        if rank is None:
+        if rank is None and not lokr:
             return 1.0, "1: the kind has no scale"
-        return scale_of(config, module, rank, file), source
+        return scale_of_kind(config, module, rank, file), source
 
     return scale
 
@@ -160,25 +163,29 @@ def _of_config(config: dict[str, Any], module: str, file: Path) -> updates.Scale
 def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Path:
     """Write updates, read as they are stored, as diffusers' file in the folder `out`; the folder.
 
-    The scales are in the header, which diffusers reads as a `LoraConfig` for each component.
+    The scales are in the header, which diffusers reads as a `LoraConfig`, or a `LoKrConfig`, for
+    each component. LoKr is loaded by a model's `load_lora_adapter`, and by the pipelines of Flux.2
+    and Z-Image.
     base: not needed. Raises ValueError that says what the format can't hold.
     """
     refused = factored.refusal(found, "diffusers")
     name_of = str if found.format == "diffusers" else image_names.diffusers
-    by_name = factored.named(found, "diffusers", name_of)
+    by_name = factored.named(found, "diffusers", name_of, kinds=_HELD)
     components: dict[str, dict[str, Update]] = {}
     for name, update in by_name.items():
         component, _, module = name.partition(".")
         components.setdefault(component, {})[module] = update
-    configs = {
-        f"{component}.{field}": value
-        for component, modules in components.items()
-        for field, value in factored.of_all(modules, refused).items()
-    }
+    header: dict[str, Any] = {}
+    for component, modules in components.items():
+        config = config_fields(modules, refused)
+        if config.pop("peft_type") == "LOKR" and component.startswith("text_encoder"):
+            raise refused(f"LoKr of {component}; it has LoRA alone of text encoders")
+        header |= {f"{component}.{field}": value for field, value in config.items()}
     tensors: dict[str, np.ndarray] = {}
     for name, update in by_name.items():
-        tensors |= {f"{name}.{word}": x for word, x in factored.as_peft(update).items()}
-    metadata = {"format": "pt", METADATA: json.dumps(configs, indent=2, sort_keys=True)}
+        as_words = factored.as_stored if update.kind == "LoKr" else factored.as_peft
+        tensors |= {f"{name}.{word}": x for word, x in as_words(update).items()}
+    metadata = {"format": "pt", METADATA: json.dumps(header, indent=2, sort_keys=True)}
     file = write_bytes(out / FILE, serialise(tensors, metadata))
     written = read(open_adapter(file)._replace(as_stored=True))
     factored.check_written(by_name, written, refused)

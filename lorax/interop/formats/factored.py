@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from lorax.interop.formats import heads, image_names, updates
 from lorax.interop.formats.contract import Found, Update
 from lorax.interop.formats.opened import numbers
-from lorax.interop.peft.config import as_patterns
+from lorax.interop.tensors import Stored
 
 KINDS = ("LoRA", "LoCon", "DoRA", "AdaLoRA")
 #: Formats of image models, whose programs take 1 for a scale that a file does not have.
@@ -33,10 +33,11 @@ def named(
     name_of: Callable[[str], str | None] = image_names.diffusers,
     unordered: bool = False,
     kinds: Sequence[str] = KINDS,
+    changes: bool = False,
 ) -> dict[str, Update]:
     """{name: update} of a file that was read as it is stored. name_of: the name of a matrix by the
     file's own; diffusers' by default. unordered: whether rows may be in the file's own order.
-    kinds: what the format holds.
+    kinds: what the format holds; changes: whether differences of biases and norms, too.
 
     Raises ValueError that says what the format can't hold.
     """
@@ -45,7 +46,9 @@ def named(
     for update in found.updates:
         name = name_of(update.layer)
         if update.kind not in kinds:
-            raise refused(f"{update.layer} is {update.kind}; it holds {', '.join(kinds)}")
+            raise refused(
+                f"{update.layer} is {update.kind}; it holds {', '.join(kinds)}" + _instead(update)
+            )
         if heads.is_unordered(update) and not unordered:
             raise refused(f"the rows of {update.layer} need the base's heads; give --base")
         if updates.ROWS in update.warnings:
@@ -58,9 +61,17 @@ def named(
         by_name[name] = update
     if not by_name:
         raise refused("no updates in it")
-    if found.beside:
-        raise refused(f"{', '.join([*found.beside][:3])} beside the updates of matrices")
+    held = found.changes if changes else {}
+    if beside := [name for name in found.beside if name not in held]:
+        raise refused(f"{', '.join(beside[:3])} beside the updates of matrices")
     return by_name
+
+
+def _instead(update: Update) -> str:
+    """What can be done with an update of a kind that a format has not."""
+    if "DoRA" in update.kind:
+        return ""  # whose lengths belong to its own update on its base
+    return "; python -m lorax.convert shrink makes LoRA of it, with --format"
 
 
 def check_scale(found: Found, update: Update, refused: Callable[[str], ValueError]) -> None:
@@ -97,7 +108,12 @@ def inner_rank(update: Update) -> int | None:
 
 def as_stored(update: Update) -> dict[str, np.ndarray]:
     """{LyCORIS's word: tensor} of an update without factors, in the file's types."""
-    return {word: _stored(numbers(x), x.kind) for word, x in update.stored.items()}
+    return {word: unchanged(x) for word, x in update.stored.items()}
+
+
+def unchanged(tensor: Stored) -> np.ndarray:
+    """The numbers of a tensor, in its type."""
+    return _stored(numbers(tensor), tensor.kind)
 
 
 def tensors(update: Update) -> Tensors:
@@ -125,26 +141,6 @@ def _stored(x: np.ndarray, kind: str) -> np.ndarray:
         narrow = x.astype(_DTYPES.get(kind, np.float32))
         same = np.array_equal(narrow.astype(np.float32), x, equal_nan=True)
     return np.ascontiguousarray(narrow if same else x)
-
-
-def of_all(by_name: Mapping[str, Update], refused: Callable[[str], ValueError]) -> dict[str, Any]:
-    """The fields of PEFT's LoraConfig for {module: update}. Raises ValueError for what it can't
-    say."""
-    dora = {update.kind == "DoRA" for update in by_name.values()}
-    if len(dora) > 1:
-        raise refused("DoRA in some of its matrices; PEFT has it in all or none")
-    r, ranks = as_patterns({name: inner_rank(update) for name, update in by_name.items()})
-    alpha, alphas = as_patterns({name: alpha_of(x, refused) for name, x in by_name.items()})
-    return {
-        "r": r,
-        "lora_alpha": alpha,
-        "rank_pattern": ranks,
-        "alpha_pattern": alphas,
-        "target_modules": sorted(by_name),
-        "use_dora": dora.pop(),
-        "use_rslora": False,
-        "bias": "none",
-    }
 
 
 def check_written(

@@ -22,6 +22,7 @@ to_q to_k to_v to_out proj_in proj_out conv_in conv_out conv_shortcut conv conv1
 time_emb_proj time_embedding add_embedding linear_1 linear_2 attn1 attn2 ff net proj
 text_model encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2
 text_projection embeddings token_embedding position_embedding
+norm norm1 norm2 norm3 conv_norm_out layer_norm1 layer_norm2 final_layer_norm
 """.split()
 _TOKEN = re.compile(rf"({'|'.join(sorted(_WORDS, key=len, reverse=True))}|\d+)(_|$)")
 _COMPONENTS = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder"}

@@ -28,6 +28,7 @@ _KEY = re.compile(r"(?P<layer>[^.]+)\.(?P<rest>.+)")
 _BESIDE = ("diff_b", "w_norm", "b_norm", "lora_up.bias")
 #: Words of PEFT's, which some trainers take.
 WORDS = {"lora_A": "lora_down", "lora_B": "lora_up", "lora_magnitude_vector": "magnitude"}
+_CHANGES = ("diff", "diff_b", "w_norm", "b_norm")  # of them, those that are differences
 _HELD = (*factored.KINDS, "LoHa", "LoKr", "full")  # kinds that `write` takes
 _HASHES = ("sshs_", "modelspec.hash")  # of the tensors, which are others now
 _EMBEDDING = "bundle_emb."  # of trained tokens, which OneTrainer stores beside
@@ -51,7 +52,8 @@ def read(opened: Opened) -> Found:
     """The updates of a file. Raises ValueError that names file and tensor."""
     found, beside = _modules(opened)
     made = fused.updates_of(found, opened.as_stored)
-    return Found("kohya", opened.path, made, beside, fields(opened.metadata), _notes(opened))
+    about = fields(opened.metadata), _notes(opened)
+    return Found("kohya", opened.path, made, shapes_of(beside), *about, changes(beside))
 
 
 def _notes(opened: Opened) -> tuple[str, ...]:
@@ -63,14 +65,24 @@ def _notes(opened: Opened) -> tuple[str, ...]:
     return (f"{given} in the header, but the file has no alpha: programs take s = 1",)
 
 
-def _modules(opened: Opened) -> tuple[list[updates.Module], dict[str, tuple[int, ...]]]:
-    """(the modules of a file as they are stored, {name: shape} of biases and norms)."""
+def shapes_of(beside: Mapping[str, Stored]) -> dict[str, tuple[int, ...]]:
+    """{name: shape}."""
+    return {name: tensor.shape for name, tensor in beside.items()}
+
+
+def changes(beside: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Those that are differences of biases and norms."""
+    return {name: x for name, x in beside.items() if name.rpartition(".")[2] in _CHANGES}
+
+
+def _modules(opened: Opened) -> tuple[list[updates.Module], dict[str, Stored]]:
+    """(the modules of a file as they are stored, {name: tensor} of biases and norms)."""
     by_layer: dict[str, dict[str, Stored]] = {}
     beside = {}
     for name, tensor in opened.tensors.items():
         match = _KEY.fullmatch(name)
         if name.startswith(_EMBEDDING):
-            beside[name] = tensor.shape
+            beside[name] = tensor
         elif match is None or not name.startswith(PREFIXES):
             raise ValueError(f"{opened.file}: {name}: no tensor of kohya's or LyCORIS")
         else:
@@ -92,8 +104,8 @@ def readable(
     opened: Opened,
     by_layer: Mapping[str, dict[str, Stored]],
     scale_of: Callable[[str, Stored | None], updates.Scale],
-) -> tuple[list[updates.Module], dict[str, tuple[int, ...]]]:
-    """(the modules that have an update, {name: shape} of tensors that change a bias or a norm) of
+) -> tuple[list[updates.Module], dict[str, Stored]]:
+    """(the modules that have an update, {name: tensor} of tensors that change a bias or a norm) of
     {layer: {word: tensor}}. scale_of: (layer, its tensor alpha or None) -> its scale.
 
     Raises ValueError that names file and module for a kind whose dW the file does not have, for
@@ -103,7 +115,7 @@ def readable(
     for layer, tensors in by_layer.items():
         vectors = [word for word in tensors if word in _BESIDE]
         vectors += ["diff"] * ("diff" in tensors and len(tensors["diff"].shape) < 2)
-        beside |= {f"{layer}.{word}": tensors[word].shape for word in vectors}
+        beside |= {f"{layer}.{word}": tensors[word] for word in vectors}
         rest = {word: x for word, x in tensors.items() if word not in (*vectors, "alpha")}
         module = updates.Module(layer, rest, scale_of(layer, tensors.get("alpha")), opened.file)
         if rest:
@@ -126,13 +138,18 @@ def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Pat
     refused = factored.refusal(found, "kohya")
     own = found.format == "kohya"
     name_of = str if own else image_names.diffusers
-    by_name = factored.named(found, "kohya", name_of, kinds=_HELD)
+    by_name = factored.named(found, "kohya", name_of, kinds=_HELD, changes=True)
     several = any(name.startswith("text_encoder_2.") for name in by_name)
-    layers: dict[str, Update] = {}
-    for name, update in by_name.items():
+
+    def layer_of(name: str) -> str:
         layer = name if own else image_names.kohya(name, several)
         if layer is None:
             raise refused(f"its files have other modules than {name}")
+        return layer
+
+    layers: dict[str, Update] = {}
+    for name, update in by_name.items():
+        layer = layer_of(name)
         if layer in layers:
             raise refused(f"{layer} is the name of several modules, {name} is one")
         layers[layer] = update
@@ -140,6 +157,11 @@ def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Pat
     tensors: dict[str, np.ndarray] = {}
     for layer, update in layers.items():
         tensors |= {f"{layer}.{word}": x for word, x in (_words(update) | alphas[layer]).items()}
+    for key, change in found.changes.items():
+        layer, _, word = key.rpartition(".")
+        if (name := name_of(layer)) is None:
+            raise refused(f"its name of {layer} is not known")
+        tensors[f"{layer_of(name)}.{word}"] = factored.unchanged(change)
     texts = {"ss_network_module": _module(by_name.values())}
     for key, x in found.config.items() if own else ():
         if not key.startswith(_HASHES):

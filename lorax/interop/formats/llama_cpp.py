@@ -48,6 +48,7 @@ LOST = (
     "the converter keeps only lora_alpha: if the adapter was trained with rsLoRA or with patterns "
     "of ranks or alphas, its true scales are others"
 )
+_HELD = ("LoRA", "DoRA", "AdaLoRA")  # kinds that have names and factors; `write` refuses DoRA
 _KEY = re.compile(r"(?P<layer>.+?)(\.weight)?\.lora_(?P<side>[ab])")
 _OWN = re.compile(r"blk\.\d+\.[a-z_]+|token_embd|output")
 _NORM = re.compile(r".*_norm(\.weight|\.bias)?")
@@ -127,13 +128,17 @@ def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Pat
     """
     refused = factored.refusal(found, "GGUF")
     own = found.format == "GGUF"
-    by_name = factored.named(found, "GGUF", _own_name if own else _name, unordered=own)
+    name_of = _own_name if own else _name
+    by_name = factored.named(found, "GGUF", name_of, unordered=own, kinds=_HELD)
     scale, rank = writing.one_scale(by_name, refused)
     alpha = np.float32(scale * rank)
     if alpha == 0 or not np.isfinite(alpha):
         raise refused(f"alpha {alpha:g}, and llama.cpp takes 0 for a scale of 1")
     if dora := [name for name, update in by_name.items() if update.kind == "DoRA"]:
-        raise refused(f"llama.cpp has no DoRA; {dora[0]} has lengths")
+        raise refused(
+            f"llama.cpp has no DoRA; {dora[0]} has lengths; python -m lorax.convert merge adds it "
+            "to its base"
+        )
     arch = found.config.get("general.architecture") if own else _architecture(base or {}, refused)
     if not isinstance(arch, str):
         raise refused("general.architecture is missing")

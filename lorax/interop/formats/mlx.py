@@ -24,6 +24,7 @@ from lorax.interop.peft.config import CONFIG, NUMBER
 from lorax.interop.peft.files import serialise
 
 WEIGHTS = "adapters.safetensors"
+_HELD = ("LoRA", "DoRA", "AdaLoRA")  # kinds that `write` takes
 _IN_LAYER = re.compile(r"(?P<model>.*\blayers)\.\d+\.(?P<key>.+)")
 _KEY = re.compile(r"(?P<layer>.+)\.(?P<name>lora_a|lora_b|m)")
 
@@ -115,10 +116,10 @@ def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Pat
     Hugging Face's. Raises ValueError that says what MLX can't hold.
     """
     refused = factored.refusal(found, "MLX")
-    by_name = factored.named(found, "MLX", _name)
+    by_name = factored.named(found, "MLX", _name, kinds=_HELD)
     scale, rank = writing.one_scale(by_name, refused)
-    kinds = {update.kind for update in by_name.values()}
-    if len(kinds) > 1:
+    dora = {update.kind == "DoRA" for update in by_name.values()}
+    if len(dora) > 1:
         raise refused("DoRA in some of its matrices; MLX has it in all or none")
     arrays, keys = {}, []
     for name, update in by_name.items():
@@ -129,7 +130,7 @@ def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Pat
         keys.append(match["key"] if match else name)
     parameters = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": sorted(set(keys))}
     fields = {
-        "fine_tune_type": kinds.pop().lower(),
+        "fine_tune_type": "dora" if dora.pop() else "lora",
         "num_layers": -1,
         "lora_parameters": parameters,
     }

@@ -16,6 +16,7 @@ import numpy as np
 from lorax.files import parse_json, write_bytes, write_json
 from lorax.interop.adapter import Factors
 from lorax.interop.formats import factored, fused, image_names, names, updates, writing
+from lorax.interop.formats.configs import LYCORIS, config_fields
 from lorax.interop.formats.contract import Found, Update
 from lorax.interop.formats.opened import Opened, numbers, open_adapter, quiet, same
 from lorax.interop.peft import experts
@@ -24,9 +25,8 @@ from lorax.interop.peft.config import (
     WEIGHTS,
     adalora_scale,
     check_targets,
-    from_patterns,
     read_config,
-    scale_of,
+    scale_of_kind,
 )
 from lorax.interop.peft.files import PREFIX, WHOLE, own_names, serialise
 from lorax.interop.peft.lora import by_module, check_lengths
@@ -113,18 +113,13 @@ def _source(config: Mapping[str, Any], opened: Opened) -> str:
 
 
 def _scale(config: Mapping[str, Any], opened: Opened) -> updates.Scale:
-    """PEFT's rule. LoKr of two whole sides has the scale, too."""
+    """PEFT's rule."""
     file, source = opened.file.parent / CONFIG, _source(config, opened)
-    fields = dict(config)
-    if config["peft_type"] != "LORA":
-        fields["lora_alpha"] = config.get("alpha", 8)
 
     def scale(layer: str, rank: int | None) -> tuple[float, str]:
         if not opened.config:
             return 1.0, source
-        if rank is None:
-            rank = from_patterns(fields.get("rank_pattern"), layer, fields.get("r", 8))
-        return float(scale_of(fields, layer, rank, file)), source
+        return scale_of_kind(config, layer, rank, file), source
 
     return scale
 
@@ -263,7 +258,7 @@ def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Pat
     Raises ValueError that says what the format can't hold.
     """
     refused = factored.refusal(found, "PEFT")
-    kinds = (*factored.KINDS, "LoHa")
+    kinds = (*factored.KINDS, *LYCORIS)
     name_of = functools.partial(_name, found.format)
     by_name = factored.named(found, "PEFT", name_of, kinds=kinds)
     component = ""
@@ -290,30 +285,21 @@ def _config(
     modules: Mapping[str, Update], found: Found, refused: Callable[[str], ValueError]
 ) -> dict[str, Any]:
     """The fields of a config for {module: update}."""
-    fields = factored.of_all(modules, refused)
     own = found.config if found.format == "PEFT" else {}
     about = {
         "task_type": own.get("task_type"),
         "base_model_name_or_path": writing.base_name(found.config),
         "inference_mode": True,
     }
-    loha = {name for name, update in modules.items() if update.kind == "LoHa"}
-    if not loha:
-        fan = bool(own.get("fan_in_fan_out"))
-        return fields | about | {"peft_type": "LORA", "fan_in_fan_out": fan}
-    if len(loha) < len(modules):
-        raise refused("LoHa in some of its matrices; PEFT has it in all or none")
-    for name in loha:
-        if "hada_t1" in modules[name].stored:
-            raise refused(f"{name} is LoHa with Tucker's cores")
-    kept = ("r", "rank_pattern", "alpha_pattern", "target_modules")
-    fields = {field: fields[field] for field in kept} | {"alpha": fields["lora_alpha"]}
-    return fields | about | {"peft_type": "LOHA"}
+    fields = config_fields(modules, refused)
+    if fields["peft_type"] == "LORA":
+        about["fan_in_fan_out"] = bool(own.get("fan_in_fan_out"))
+    return fields | about
 
 
 def _words(update: Update, embedding: bool) -> dict[str, np.ndarray]:
     """{word below a module: tensor}."""
-    if update.kind == "LoHa":
+    if update.kind in LYCORIS:
         return factored.as_stored(update)
     words = factored.as_peft(update)
     if embedding:

@@ -18,7 +18,10 @@ def one_scale(
     scales = {update.scale: name for name, update in by_name.items()}
     if len(scales) > 1:
         (s, name), (t, other) = [*scales.items()][:2]
-        raise refused(f"it has one scale for all matrices; given {s:g} in {name}, {t:g} in {other}")
+        raise refused(
+            f"it has one scale for all matrices; given {s:g} in {name}, {t:g} in {other}; "
+            "python -m lorax.convert shrink makes all 1"
+        )
     return next(iter(scales)), max(update.rank for update in by_name.values())
 
 

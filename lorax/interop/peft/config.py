@@ -127,7 +127,6 @@ _REFUSED = {
     lora_bias monteclora_config trainable_token_indices use_bdlora use_qalora""".split()
 }
 _REFUSED["ADALORA"] = [*_REFUSED["LORA"], "target_parameters", "use_dora"]
-_REFUSED["LOHA"] = _REFUSED["LOKR"] = ["use_effective_conv2d"]
 _REFUSED["GRALORA"] = ["hybrid_r"]
 _REFUSED["OFT"] = ["coft", "block_share"]
 _REFUSED["HRA"] = ["apply_GS"]
@@ -296,6 +295,19 @@ def scale_of(config: dict[str, Any], module: str, rank: int, file: pathlib.Path)
             f"{file}: r or rank_pattern: {module} has rank {r} here and {rank} in {WEIGHTS}"
         )
     return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+
+
+def scale_of_kind(
+    config: Mapping[str, Any], module: str, rank: int | None, file: pathlib.Path
+) -> float:
+    """`scale_of` by the config of LoRA, LoHa or LoKr. rank: None for LoKr of two whole sides, which
+    has the scale, too."""
+    fields = dict(config)
+    if "lora_alpha" not in fields and fields.get("peft_type") != "LORA":
+        fields["lora_alpha"] = fields.get("alpha", 8)
+    if rank is None:
+        rank = from_patterns(fields.get("rank_pattern"), module, fields.get("r", 8))
+    return float(scale_of(fields, module, rank, file))
 
 
 def adalora_scale(config: Mapping[str, Any]) -> tuple[float, int, float]:

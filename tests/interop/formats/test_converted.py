@@ -155,7 +155,7 @@ def test_dora_and_peft(tmp_path):
 
 
 def test_loha_and_lokr_keep_their_tensors(tmp_path):
-    """PEFT's in kohya's file, and LoHa back again."""
+    """PEFT's in kohya's file, and back again."""
     layers = ["mid_block.attentions.0.proj_in", "mid_block.attentions.0.proj_out"]
     shapes = {"hada_w1_a": (6, 2), "hada_w1_b": (2, 8), "hada_w2_a": (6, 2), "hada_w2_b": (2, 8)}
     tensors = {f"{x}.{word}": draw(*shape) for x in layers for word, shape in shapes.items()}
@@ -187,8 +187,25 @@ def test_loha_and_lokr_keep_their_tensors(tmp_path):
         else:
             (update,) = formats.read(kohya.write(file, found)).updates
             np.testing.assert_array_equal(update.read(), found.updates[0].read())
-            with pytest.raises(ValueError, match="is LoKr; it holds LoRA"):
-                peft.write(tmp_path / "no", formats.read(file))
+            (back,) = formats.read(peft.write(tmp_path / "back", formats.read(file))).updates
+            np.testing.assert_array_equal(back.read(), found.updates[0].read())
+
+
+def test_full_changes_of_comfyui_go_to_kohya(tmp_path):
+    """Of a matrix, of its bias and of a norm."""
+    block = "diffusion_model.input_blocks.4.1.transformer_blocks.0"
+    tensors = {f"{block}.attn2.to_out.0.diff": draw(6, 8).astype(np.float16)}
+    tensors |= {f"{block}.attn2.to_out.0.diff_b": draw(6), f"{block}.norm1.w_norm": draw(8)}
+    found = formats.read(written(tmp_path, tensors), as_stored=True)
+    stored = safetensors.numpy.load_file(kohya.write(tmp_path / "k.safetensors", found))
+    block = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0"
+    for (key, want), word in zip(tensors.items(), ("diff", "diff_b", "w_norm"), strict=True):
+        got = stored.pop(f"{block}_{'norm1' if 'norm' in key else 'attn2_to_out_0'}.{word}")
+        assert got.dtype == want.dtype
+        np.testing.assert_array_equal(got, want)
+    assert not stored
+    with pytest.raises(ValueError, match="is full; .* convert shrink makes LoRA of it, with --for"):
+        dotted.write(tmp_path / "d", found)
 
 
 def test_scales_are_exact(tmp_path):
