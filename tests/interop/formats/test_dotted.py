@@ -101,7 +101,7 @@ def test_three_loras_that_are_stored_as_one_are_three(tmp_path):
         assert not any("split_qkv" in update.warnings[0] for update in three)
         for update, (down, block) in zip(three, parts, strict=True):
             want = scale * down.T @ block.T
-                np.testing.assert_allclose(dense(update), want, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(dense(update), want, rtol=1e-5, atol=1e-6)
     up[0, 5] = 1e-3  # no longer three
     tensors[f"{name}.lora_up.weight"] = up
     (update,) = formats.read(written(tmp_path, tensors)).updates
