@@ -204,7 +204,9 @@ def test_full_changes_of_comfyui_go_to_kohya(tmp_path):
         assert got.dtype == want.dtype
         np.testing.assert_array_equal(got, want)
     assert not stored
-    with pytest.raises(ValueError, match="is full; .* convert shrink makes LoRA of it, with --for"):
+    with pytest.raises(
+        ValueError, match="is full; .*convert shrink makes LoRA of it, with --format"
+    ):
         dotted.write(tmp_path / "d", found)
 
 
