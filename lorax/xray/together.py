@@ -10,7 +10,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from lorax.interop.adapter import Factors, Updates, shapes_of
-from lorax.interop.formats import image_names
+from lorax.interop.formats import flux, image_names
 from lorax.interop.formats.names import hugging_face
 from lorax.xray.measured import WORKERS
 
@@ -50,8 +50,8 @@ class Added(NamedTuple):
 def same_matrix(layer: str) -> str:
     """What is equal for one matrix in files of different formats: the name that diffusers or
     Hugging Face have for it, if it is known, without dots, slashes and a format's prefix."""
-    known = image_names.diffusers(layer) or hugging_face(layer)
-    flat = re.sub(r"[./]", "_", known)
+    known = flux.known(layer) or image_names.diffusers(layer) or hugging_face(layer)
+    flat = re.sub(r"[./]", "_", known.removeprefix("transformer."))
     prefix = r"^(lora_|lycoris_|base_model_model_|unet_|diffusion_model_)+"
     return re.sub(prefix, "", flat)
 

@@ -8,7 +8,7 @@ only with `decompose_both`. LyCORIS has the same rule, and more freedom: what is
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from lorax.factorization import factorization
@@ -63,7 +63,10 @@ def _loha(by_name: Mapping[str, Update], refused: Refused) -> dict[str, Any]:
 
 
 def _patterns(by_name: Mapping[str, Update], ranks, alphas) -> dict[str, Any]:
-    (r, rank_pattern), (alpha, alpha_pattern) = as_patterns(ranks), as_patterns(alphas)
+    (r, rank_pattern), (alpha, alpha_pattern) = (
+        as_patterns({_pattern(name, by_name): x for name, x in values.items()})
+        for values in (ranks, alphas)
+    )
     return {
         "r": r,
         "alpha": alpha,
@@ -71,6 +74,11 @@ def _patterns(by_name: Mapping[str, Update], ranks, alphas) -> dict[str, Any]:
         "alpha_pattern": alpha_pattern,
         "target_modules": sorted(by_name),
     }
+
+
+def _pattern(name: str, names: Iterable[str]) -> str:
+    """A pattern that matches this name alone: one without "^" also matches what ends so."""
+    return f"^{name}" if any(other.endswith(f".{name}") for other in names) else name
 
 
 def _with_cores(by_name: Mapping[str, Update], refused: Refused) -> bool:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from lorax.files import write_bytes
-from lorax.interop.formats import factored, fused, image_names, updates
+from lorax.interop.formats import factored, flux, fused, image_names, updates
 from lorax.interop.formats.configs import config_fields
 from lorax.interop.formats.contract import Found, Update
 from lorax.interop.formats.kohya import changes, of_alpha, put, readable, shapes_of
@@ -169,6 +169,7 @@ def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Pat
     base: not needed. Raises ValueError that says what the format can't hold.
     """
     refused = factored.refusal(found, "diffusers")
+    found = flux.apart(found, refused)
     name_of = str if found.format == "diffusers" else image_names.diffusers
     by_name = factored.named(found, "diffusers", name_of, kinds=_HELD)
     components: dict[str, dict[str, Update]] = {}

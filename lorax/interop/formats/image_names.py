@@ -10,7 +10,7 @@
 
 A flattened name gets its dots back by the words that U-Nets of Stable Diffusion and text encoders
 of CLIP are made of. Transformers (Flux, SD3) have other modules in kohya's files than in
-diffusers'.
+diffusers': `flux` has those of Flux.1.
 """
 
 import re
@@ -31,6 +31,8 @@ _COMPONENTS |= {"lora_te2_": "text_encoder_2"}
 _FIRST = {"down_blocks": "unet", "up_blocks": "unet", "mid_block": "unet", "conv_in": "unet"}
 _FIRST |= {"conv_out": "unet", "time_embedding": "unet", "add_embedding": "unet"}
 _FIRST |= {"text_model": "text_encoder"}
+_TRANSFORMER = "transformer_blocks single_transformer_blocks x_embedder context_embedder norm_out"
+_FIRST |= dict.fromkeys(_TRANSFORMER.split(), "transformer") | {"time_text_embed": "transformer"}
 #: Modules of CLIP's text encoder by transformers 5's names.
 _CLIP = re.compile(r"encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])")
 #: Names of the authors' U-Net that are not in its blocks, and those in a block's layers.

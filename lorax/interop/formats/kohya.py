@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lorax.files import write_bytes
-from lorax.interop.formats import factored, fused, image_names, updates
+from lorax.interop.formats import factored, flux, fused, image_names, updates
 from lorax.interop.formats.contract import Found, Update
 from lorax.interop.formats.opened import Opened, fields, number
 from lorax.interop.peft.files import serialise
@@ -137,12 +137,15 @@ def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Pat
         raise ValueError(f"{out.name}: kohya's files end in .safetensors")
     refused = factored.refusal(found, "kohya")
     own = found.format == "kohya"
-    name_of = str if own else image_names.diffusers
+    if not own:
+        found = flux.joined(found, refused)
+    of_flux = any(flux.parts(update.layer) for update in found.updates)
+    name_of = str if own else _name
     by_name = factored.named(found, "kohya", name_of, kinds=_HELD, changes=True)
-    several = any(name.startswith("text_encoder_2.") for name in by_name)
+    several = of_flux or any(name.startswith("text_encoder_2.") for name in by_name)
 
     def layer_of(name: str) -> str:
-        layer = name if own else image_names.kohya(name, several)
+        layer = name if own or flux.parts(name) else image_names.kohya(name, several)
         if layer is None:
             raise refused(f"its files have other modules than {name}")
         return layer
@@ -167,6 +170,12 @@ def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Pat
         if not key.startswith(_HASHES):
             texts[key] = x if isinstance(x, str) else json.dumps(x)
     return write_bytes(out, serialise(tensors, texts | _ranks(by_name.values())))
+
+
+def _name(layer: str) -> str | None:
+    """kohya's name of a module of Flux's, otherwise diffusers' name, None if it is not known."""
+    own = layer if flux.parts(layer) else None
+    return flux.kohya(layer) or own or image_names.diffusers(layer)
 
 
 def _words(update: Update) -> dict[str, np.ndarray]:

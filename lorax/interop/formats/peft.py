@@ -15,7 +15,7 @@ import numpy as np
 
 from lorax.files import parse_json, write_bytes, write_json
 from lorax.interop.adapter import Factors
-from lorax.interop.formats import factored, fused, image_names, names, updates, writing
+from lorax.interop.formats import factored, flux, fused, image_names, names, updates, writing
 from lorax.interop.formats.configs import LYCORIS, config_fields
 from lorax.interop.formats.contract import Found, Update
 from lorax.interop.formats.opened import Opened, numbers, open_adapter, quiet, same
@@ -258,6 +258,7 @@ def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Pat
     Raises ValueError that says what the format can't hold.
     """
     refused = factored.refusal(found, "PEFT")
+    found = flux.apart(found, refused)
     kinds = (*factored.KINDS, *LYCORIS)
     name_of = functools.partial(_name, found.format)
     by_name = factored.named(found, "PEFT", name_of, kinds=kinds)
