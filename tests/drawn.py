@@ -1,8 +1,11 @@
 """What a chart shows: its marks with their values, and its texts, as Vega lays them out."""
 
+import functools
+import json
 import re
 from collections.abc import Iterable, Iterator
 
+import altair
 import vl_convert
 
 from lorax.report import charts
@@ -34,8 +37,20 @@ def number(text: str) -> float:
     return float(text.replace("\N{MINUS SIGN}", "-").replace(",", ""))
 
 
+def specification(chart) -> dict:
+    """The chart's specification, which Vega-Lite's schema allows."""
+    spec = chart.to_dict()
+    _check(json.dumps(spec | {"datasets": {}}))
+    return spec
+
+
+@functools.cache
+def _check(spec: str) -> None:
+    altair.Chart.from_dict(json.loads(spec))
+
+
 def _drawn(chart, hidden: Iterable[int]) -> dict:
-    spec = charts.sized(charts.specification(chart))
+    spec = charts.sized(specification(chart))
     for parameter in spec.get("params", []):
         if parameter["name"] == "hidden":
             parameter["value"] = list(hidden)

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import altair as alt
 import vl_convert
 
 from lorax import files
@@ -16,23 +15,13 @@ SCALE = 2  # pixels of an image per pixel on a page
 DIGITS = 6  # of the numbers that a page embeds; they are drawn, and shown with fewer
 
 
-def specification(chart: alt.TopLevelMixin, validate: bool = True) -> dict[str, Any]:
-    """The chart in Vega-Lite, with its tables under "datasets".
-
-    Raises ValueError (`altair.SchemaValidationError`) if it isn't valid. validate: whether to look,
-    which takes longer than all the rest.
-    """
-    with alt.data_transformers.enable("default", max_rows=None):
-        return chart.to_dict(validate=validate)
-
-
 def sized(spec: Mapping[str, Any]) -> dict[str, Any]:
     """The specification with a width for images, if it takes the width of its place on a page."""
     return {**spec, "width": style.WIDTH} if spec.get("width") == "container" else dict(spec)
 
 
 def png(spec: Mapping[str, Any]) -> bytes:
-    """The chart as PNG, on light ground. spec: from `specification`."""
+    """The chart as PNG, on light ground. spec: from `vega.Chart.to_dict`."""
     return vl_convert.vegalite_to_png(sized(spec), scale=SCALE)
 
 

@@ -19,12 +19,12 @@ import warnings
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import altair as alt
 import numpy as np
 import pandas as pd
 from rich.progress import track
 
 from lorax import rundir
+from lorax.analysis.figures import vega
 from lorax.analysis.runs import is_missing
 from lorax.console import console
 from lorax.errors import reason
@@ -38,7 +38,7 @@ MANIFEST = ".report.json"  # lists what a page wrote
 class Picture(NamedTuple):
     """A figure and the numbers that it draws."""
 
-    figure: alt.TopLevelMixin
+    figure: vega.Chart
     numbers: pd.DataFrame
 
 
@@ -114,7 +114,7 @@ def _draw(
     for heading, name, picture in progress(pictures, "drawing", len(pictures)):
         files[f"{rundir.FIGURES}/{name}.csv"] = csv(picture.numbers)
         try:
-            images[name] = charts.specification(picture.figure, validate=False)
+            images[name] = picture.figure.to_dict()
         except Exception as error:  # draw the other figures
             failed[f"{heading}, figure {name}"] = images[name] = error
     for section in sections:
@@ -253,7 +253,7 @@ def put_together(
     """The page's HTML.
 
     Args:
-      images: by the figure's name, the chart's specification (`charts.specification`), or the
+      images: by the figure's name, the chart's specification (`vega.Chart.to_dict`), or the
         error that prevented it.
       command: redraws the page; shown where something failed.
     """

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
-from drawn import marks, number, texts
+from drawn import marks, number, specification, texts
 from synthetic import BASE_LOSS, make_run
 
 from lorax.analysis import compare, figures, runs
@@ -125,7 +125,7 @@ def test_many_colours_differ_in_something(run):
     table = runs.summary(run)
     rows = pd.concat([table.assign(init=f"init {n}", member=n) for n in range(12)])
     rows = rows.reset_index(drop=True)
-    spec = charts.specification(figures.rank_curve(rows, Layout("rank", "init")))
+    spec = specification(figures.rank_curve(rows, Layout("rank", "init")))
     text = str(spec)
     assert all(f"init {n}" in text for n in range(12))
     ramp = figures.encodings.ramp
@@ -247,7 +247,7 @@ def test_a_chart_of_200_members_is_small(tmp_path):
         figures.parallel(table, by.names),
         figures.size_curve(table, by.names, "lr"),
     ]
-    page = charts.embedded({str(n): charts.specification(chart) for n, chart in enumerate(made)})
+    page = charts.embedded({str(n): specification(chart) for n, chart in enumerate(made)})
     assert len(table) == 200 and len(page) < 500_000
 
 

@@ -3,11 +3,11 @@
 import inspect
 import json
 
-import altair as alt
 import drawn
 import numpy as np
 import pandas as pd
 import pytest
+from drawn import specification
 from scipy import stats
 from synthetic import kernels, make_run
 
@@ -18,7 +18,7 @@ from lorax.report import charts
 
 def data(chart) -> pd.DataFrame:
     """The only table of a chart."""
-    (rows,) = charts.specification(chart)["datasets"].values()
+    (rows,) = specification(chart)["datasets"].values()
     return pd.DataFrame(rows)
 
 
@@ -82,7 +82,7 @@ def test_maps_have_phi_with_the_first_directions_at_the_upper_left():
     assert rows["down"]["chance"] == [0, 1, 2, 3] and rows["right"]["chance"][-1] == 6
     words = drawn.texts(chart)
     assert "i: of one; j: of the other" in words and f"{phi[0, 'q'][0, 1]:.2f}"[1:] in words
-    assert json.dumps(charts.specification(chart)).count('"reverse": true') >= 1
+    assert json.dumps(specification(chart)).count('"reverse": true') >= 1
 
 
 def test_a_large_map_has_evenly_spaced_cells_and_no_numbers():
@@ -91,7 +91,7 @@ def test_a_large_map_has_evenly_spaced_cells_and_no_numbers():
     row = data(chart).iloc[0]
     assert len(row["phi"]) == maps.CELLS**2 and row["right"][-1] == row["down"][-1] == 64
     assert row["phi"][-1] == pytest.approx(phi[-1, -1], abs=1e-3) and not row["few"]
-    assert len(json.dumps(charts.specification(chart))) < 40_000
+    assert len(json.dumps(specification(chart))) < 40_000
     titles = [text for text in drawn.texts(chart) if text in ("q", "chance")]
     assert titles == ["q", "chance"]
 
@@ -275,8 +275,8 @@ def test_names_may_have_any_characters(learned, name):
 def test_every_figure_is_a_valid_chart_as_png_and_pdf():
     phi = np.random.default_rng(0).uniform(0, 1, (2, 9))
     chart = figures.figure3({(0, "q"): phi}, expected_similarity(*np.indices(phi.shape) + 1, n=9))
-    spec = charts.specification(chart)
-    assert isinstance(chart, alt.FacetChart)
+    spec = specification(chart)
+    assert "facet" in spec
     assert charts.png(spec).startswith(b"\x89PNG") and charts.pdf(spec).startswith(b"%PDF")
 
 

@@ -1,6 +1,5 @@
 """Figures of searches, and the intervals that charts compute."""
 
-import altair as alt
 import pandas as pd
 import pytest
 from drawn import marks, number, texts
@@ -8,14 +7,14 @@ from scipy import stats
 from synthetic import make_search
 
 from lorax.analysis import figures, intrinsic, runs
-from lorax.analysis.figures import style
+from lorax.analysis.figures import style, vega
 
 ACCURACY = "final validation accuracy (fraction)"
 
 
 def test_the_intervals_of_charts_are_those_of_t():
     table = pd.DataFrame({"value": [1.0, 2.0, 4.0], "of": "a"})
-    chart = style.with_intervals(alt.Chart(table), "value", ["of"]).mark_rule()
+    chart = style.with_intervals(vega.Chart(table), "value", ["of"]).mark("rule")
     (mark,) = marks(chart.encode(x="low:Q", x2="high:Q"), "rule")
     low, high = stats.t.interval(0.95, 2, table["value"].mean(), stats.sem(table["value"]))
     assert (number(mark["low"]), number(mark["high"])) == pytest.approx((low, high), abs=1e-3)

@@ -1,4 +1,4 @@
-"""Figures: tables and arrays in, Altair's charts out.
+"""Figures: tables and arrays in, charts out (`vega.Chart`).
 
 `style` has their colours, markers and dashes, `layout` chooses what of a sweep is drawn how. Their
 inputs are what `lorax.analysis.runs`, `lorax.analysis.tables` etc. return.
@@ -37,8 +37,10 @@ from lorax.analysis.figures.rank_lines import (
 )
 from lorax.analysis.figures.run_comparison import curves, methods_of_runs
 from lorax.analysis.figures.scatter import calibration
+from lorax.analysis.figures.vega import Chart
 
 __all__ = [
+    "Chart",
     "against_base",
     "base_spectrum",
     "between_layers",

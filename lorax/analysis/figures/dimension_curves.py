@@ -1,10 +1,9 @@
 """The figure of a search for the intrinsic dimension."""
 
-import altair as alt
 import pandas as pd
 
 from lorax.analysis import intrinsic as search
-from lorax.analysis.figures import style
+from lorax.analysis.figures import style, vega
 from lorax.analysis.figures.encodings import in_panels
 
 UNIT = "nats"
@@ -12,7 +11,7 @@ LEVELS = {"full fine-tuning": ("bottom", -3), "needed": ("top", 4)}  # where the
 SERIES = ("random subspace", "LoRA")
 
 
-def intrinsic(table: pd.DataFrame, estimates: pd.DataFrame, unit: str = UNIT) -> alt.TopLevelMixin:
+def intrinsic(table: pd.DataFrame, estimates: pd.DataFrame, unit: str = UNIT) -> vega.Chart:
     """The metric against the dimension of the subspace, one panel per condition: means over seeds
     at each dimension's best learning rate with 95% intervals, single seeds as dots, and LoRA if it
     was run. Horizontal lines: full fine-tuning and the level to reach. Ring: the estimate; the band
@@ -32,13 +31,13 @@ def intrinsic(table: pd.DataFrame, estimates: pd.DataFrame, unit: str = UNIT) ->
     title = f"final validation {of}"
     lora = SERIES[1] in set(data["series"])
     x_title = "dimension d" + "; parameters of LoRA" * lora
-    scale = alt.Scale(type="log", nice=False, padding=12)
-    x = lambda name: alt.X(
-        f"{name}:Q", title=x_title, scale=scale, axis=alt.Axis(format="~s", tickCount=5)
+    scale = dict(type="log", nice=False, padding=12)
+    x = lambda name: vega.column(
+        f"{name}:Q", title=x_title, scale=scale, axis=dict(format="~s", tickCount=5)
     )
-    y = lambda name: alt.Y(f"{name}:Q", title=title, scale=alt.Scale(zero=False))
+    y = lambda name: vega.column(f"{name}:Q", title=title, scale=dict(zero=False))
     layers = [*_levels(y, title), *_estimate(x, y), *_curves(x, y, title, lora)]
-    chart = in_panels(alt.layer(*layers), data, panels if len(panels) > 1 else [])
+    chart = in_panels(vega.layer(*layers), data, panels if len(panels) > 1 else [])
     if len(panels) == 1:
         chart = chart.properties(title=panels[0])
     return style.themed(style.filtered(chart))
@@ -65,51 +64,51 @@ def drawn(table: pd.DataFrame, estimate: pd.Series, metric: str) -> pd.DataFrame
     return rows.fillna({"member": -1})  # no member, so never hidden
 
 
-def _of(series: str) -> alt.Chart:
-    return alt.Chart().transform_filter(f"datum.series === '{series}'")
+def _of(series: str) -> vega.Chart:
+    return vega.Chart().filter(f"datum.series === '{series}'")
 
 
-def _levels(y, title: str) -> list[alt.Chart]:
+def _levels(y, title: str) -> list[vega.Chart]:
     """The lines of full fine-tuning and of the value to reach, with their names."""
     said = style.tooltips({"series": "line", "value": (title, ".4f")})
-    rule = alt.Chart().transform_filter(alt.FieldOneOfPredicate("series", list(LEVELS)))
-    rule = rule.mark_rule(style="reference").encode(y=y("value"), tooltip=said)
+    rule = vega.Chart().filter({"field": "series", "oneOf": list(LEVELS)})
+    rule = rule.mark("rule", style="reference").encode(y=y("value"), tooltip=said)
     texts = [
         _of(series)
-        .mark_text(style="reference-text", align="right", baseline=baseline, dy=dy)
-        .encode(x=alt.value("width"), y=y("value"), text="series:N")
+        .mark("text", style="reference-text", align="right", baseline=baseline, dy=dy)
+        .encode(x=vega.value("width"), y=y("value"), text="series:N")
         for series, (baseline, dy) in LEVELS.items()
     ]
     return [rule, *texts]
 
 
-def _estimate(x, y) -> list[alt.Chart]:
+def _estimate(x, y) -> list[vega.Chart]:
     """The band of the interval, and the ring."""
     said = style.tooltips({"size": ("estimate", ",.4r")} | style.interval(",.4r"))
     return [
-        _of("estimate").mark_rect(style="band").encode(x=x("low"), x2="high:Q", tooltip=said),
+        _of("estimate").mark("rect", style="band").encode(x=x("low"), x2="high:Q", tooltip=said),
         _of("estimate")
-        .mark_point(style="ring", size=200)
+        .mark("point", style="ring", size=200)
         .encode(x=x("size"), y=y("value"), tooltip=said),
     ]
 
 
-def _curves(x, y, title: str, lora: bool) -> list[alt.Chart]:
+def _curves(x, y, title: str, lora: bool) -> list[vega.Chart]:
     """Means with their intervals, and the seeds."""
     size = "trainable parameters" if lora else "dimension d"
-    points = alt.Chart().transform_filter(alt.FieldOneOfPredicate("series", list(SERIES)))
+    points = vega.Chart().filter({"field": "series", "oneOf": list(SERIES)})
     over = style.with_intervals(points, "value", ["series", "size", "panel", "lr"])
     look = lambda marks: style.lines_of("series", SERIES[: 1 + lora], marks) if lora else {}
     said = {"series": "of", "size": (size, ","), "lr": ("learning rate", "~g")}
     seed = style.tooltips(said | {"member": "member", "value": (title, ".4f")})
     mean = {"mean": (f"mean {title}", ".4f")} | style.interval(".4f")
     return [
-        over.mark_rule().encode(x=x("size"), y=y("low"), y2="high:Q", **look("rule")),
-        over.mark_line().encode(x=x("size"), y=y("mean"), **look("line")),
-        points.mark_point(style="member", size=14).encode(
+        over.mark("rule").encode(x=x("size"), y=y("low"), y2="high:Q", **look("rule")),
+        over.mark("line").encode(x=x("size"), y=y("mean"), **look("line")),
+        points.mark("point", style="member", size=14).encode(
             x=x("size"), y=y("value"), **look("rule"), tooltip=seed
         ),
-        over.mark_point().encode(
+        over.mark("point").encode(
             x=x("size"), y=y("mean"), **look("point"),
             tooltip=style.tooltips(said | mean | {"n": "seeds"}),
         ),

@@ -5,12 +5,11 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import altair as alt
 import numpy as np
 import pandas as pd
 
 from lorax.analysis import runs
-from lorax.analysis.figures import style
+from lorax.analysis.figures import style, vega
 from lorax.analysis.figures.layout import distinct, has_order, is_setting, lost
 from lorax.analysis.figures.panels import side_by_side
 
@@ -75,11 +74,10 @@ def of_members(
     )
 
 
-def with_members(chart: alt.TopLevelMixin, members: pd.DataFrame) -> alt.TopLevelMixin:
+def with_members(chart: vega.Chart, members: pd.DataFrame) -> vega.Chart:
     """The chart, whose table has a column `member`, with the other columns of a table of members,
     which is embedded once instead of on every row."""
-    columns = [name for name in members if name != "member"]
-    return chart.transform_lookup("member", alt.LookupData(members, "member", columns))
+    return chart.lookup("member", members)
 
 
 def titles(table: pd.DataFrame, panel: str | None) -> list[str]:
@@ -104,15 +102,15 @@ def in_order(name: str, values: Iterable) -> list:
 
 
 def place(name: str, values: Iterable, **options: Any) -> dict[str, Any]:
-    """Arguments of `alt.X` or `alt.Y` for an axis of the sweep: positive numbers on a logarithmic
-    scale with a tick for each; other values at equal distances, in their order."""
+    """Encodes an axis of the sweep: positive numbers on a logarithmic scale with a tick for each;
+    other values at equal distances, in their order."""
     values = in_order(name, values)
     if is_numeric(values) and values[0] > 0:
         of = style.position(pd.Series(values), name)
     else:
-        axis = alt.Axis(labelAngle=0, labelLimit=260)
+        axis = dict(labelAngle=0, labelLimit=260)
         of = {"type": "ordinal", "sort": values, "title": style.label(name), "axis": axis}
-    return {"shorthand": field(name), **of, **options}
+    return {"field": field(name), **of, **options}
 
 
 def colours(name: str | None, values: Iterable, marks: str) -> dict[str, Any]:
@@ -126,7 +124,7 @@ def colours(name: str | None, values: Iterable, marks: str) -> dict[str, Any]:
     domain = in_order(name, values)
     encodings = style.lines_of(field(name), domain, marks, style.label(name))
     if has_order(values):
-        encodings["color"].scale = alt.Scale(domain=domain, range=ramp(len(domain)))
+        encodings["color"]["scale"] = dict(domain=domain, range=ramp(len(domain)))
     return encodings
 
 
@@ -147,7 +145,9 @@ def ramp(count: int) -> list[str]:
     return ["#" + "".join(f"{round(x):02x}" for x in colour) for colour in mixed]
 
 
-def tooltips(names: Iterable[str], table: pd.DataFrame, more: dict[str, Any]) -> list[alt.Tooltip]:
+def tooltips(
+    names: Iterable[str], table: pd.DataFrame, more: dict[str, Any]
+) -> list[dict[str, Any]]:
     """A mark's axes, then `more` (as in `style.tooltips`)."""
     axes = {
         field(name): (style.label(name), "~g") if is_numeric(table[name]) else style.label(name)
@@ -157,7 +157,7 @@ def tooltips(names: Iterable[str], table: pd.DataFrame, more: dict[str, Any]) ->
 
 
 def in_panels(
-    chart: alt.LayerChart,
+    chart: vega.Chart,
     data: pd.DataFrame,
     panels: Sequence[str],
     height: int | None = None,
@@ -176,4 +176,5 @@ def in_panels(
     chart = chart.properties(data=data, height=HEIGHT if height is None else height)
     chart = style.facets(chart, "panel", panels, columns)
     # A shared axis would also stand below a gap.
-    return chart.resolve_axis(x="independent") if len(panels) % chart.columns else chart
+    gaps = len(panels) % chart.spec["columns"]
+    return chart.resolve("axis", x="independent") if gaps else chart

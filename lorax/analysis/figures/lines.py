@@ -1,11 +1,12 @@
 """Line charts of what was learned: similarity, table 7, intruders, growth, CKA."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-import altair as alt
 import numpy as np
 import pandas as pd
 
+from lorax.analysis.figures import vega
 from lorax.analysis.figures.panels import (
     INTERVAL,
     digits,
@@ -43,7 +44,7 @@ QUANTITIES = {
 }
 
 
-def diagonal(phi: Mapping[str, np.ndarray], band: Band) -> alt.LayerChart:
+def diagonal(phi: Mapping[str, np.ndarray], band: Band) -> vega.Chart:
     """phi(i, i) against i, one line per comparison, over the level of chance: mean and 5% to 95%.
 
     Args:
@@ -61,41 +62,41 @@ def diagonal(phi: Mapping[str, np.ndarray], band: Band) -> alt.LayerChart:
         for i, value in enumerate(np.diagonal(matrix), 1)
     ]
     table = pd.DataFrame(rows)
-    x = alt.X("i:Q", title="i: top directions of both", **whole_numbers(table["i"]))
-    y = alt.Y("mean:Q", title="φ(i, i)", scale=alt.Scale(domain=[0, 1]))
+    x = vega.column("i:Q", title="i: top directions of both", **whole_numbers(table["i"]))
+    y = vega.column("mean:Q", title="φ(i, i)", scale=dict(domain=[0, 1]))
     words = {"i": "i", "mean": ("mean of φ(i, i)", ".3f")}
-    by_chance = alt.Chart(chance.round(4)).encode(
+    by_chance = vega.Chart(chance.round(4)).encode(
         x=x,
         tooltip=tooltips(
             {"i": "i", "mean": ("by chance", ".3f")} | interval(".3f", "5% to 95% from")
         ),
     )
-    means = with_intervals(alt.Chart(table.assign(phi=digits(table["phi"]))), "phi", ["line", "i"])
+    means = with_intervals(vega.Chart(table.assign(phi=digits(table["phi"]))), "phi", ["line", "i"])
     means = means.encode(
         x=x,
         tooltip=tooltips({"line": ""} | words | interval(".3f") | {"n": "layers"}),
     )
     lines = lambda marks: _below_each_other(lines_of("line", list(phi), marks))
-    bar = means.mark_rule(strokeOpacity=0.5)
+    bar = means.mark("rule", strokeOpacity=0.5)
     parts = [
-        by_chance.mark_area(style="band").encode(y="low:Q", y2="high:Q"),
-        by_chance.mark_line(style="reference").encode(y=y),
-        bar.encode(y=alt.Y("low:Q"), y2="high:Q", **lines("rule")),
-        means.mark_line().encode(y=y, **lines("line")),
-        means.mark_point(size=24).encode(y=y, **lines("point")),
+        by_chance.mark("area", style="band").encode(y="low:Q", y2="high:Q"),
+        by_chance.mark("line", style="reference").encode(y=y),
+        bar.encode(y=vega.column("low:Q"), y2="high:Q", **lines("rule")),
+        means.mark("line").encode(y=y, **lines("line")),
+        means.mark("point", size=24).encode(y=y, **lines("point")),
     ]
-    return themed(alt.layer(*parts).properties(width="container"))
+    return themed(vega.layer(*parts).properties(width="container"))
 
 
 def _below_each_other(encodings: dict) -> dict:
     """The encodings with a legend of one column, for long names."""
     for name in ("color", "shape"):
         if name in encodings:
-            encodings[name].legend = alt.Legend(columns=1)
+            encodings[name]["legend"] = dict(columns=1)
     return encodings
 
 
-def table7(amplified: pd.DataFrame, main: str = "rank") -> alt.FacetChart:
+def table7(amplified: pd.DataFrame, main: str = "rank") -> vega.Chart:
     """The paper's amplification factor against the rank, and W's norm in dW's directions over that
     in random ones, one line per target. Dots are layers, means over members; lines are means over
     layers, with their t intervals.
@@ -109,7 +110,7 @@ def table7(amplified: pd.DataFrame, main: str = "rank") -> alt.FacetChart:
     return means_of_layers(table, main, RATIOS)
 
 
-def intruder_counts(table: pd.DataFrame, k: int = 10, main: str = "rank") -> alt.LayerChart:
+def intruder_counts(table: pd.DataFrame, k: int = 10, main: str = "rank") -> vega.Chart:
     """Intruders among the k leading directions, summed over matrices, against epsilon: means over
     members with their t intervals, one line per value of `main`. The norm-matched random control is
     dotted.
@@ -123,10 +124,10 @@ def intruder_counts(table: pd.DataFrame, k: int = 10, main: str = "rank") -> alt
     sums = sums.sum(min_count=1).reset_index()
     kinds = {"intruders": "intruders", "control": "norm-matched control"}
     sums = sums.rename(columns=kinds)
-    chart = alt.Chart(sums).transform_fold(list(kinds.values()), as_=["kind", "value"])
-    chart = chart.transform_filter("isValid(datum.value)")
+    chart = vega.Chart(sums).fold(list(kinds.values()), names=("kind", "value"))
+    chart = chart.filter("isValid(datum.value)")
     means = with_intervals(chart, "value", ["kind", "line", "epsilon"]).encode(
-        x=alt.X("epsilon:Q", title="ε: an intruder's largest |cosine| with a direction of W"),
+        x=vega.column("epsilon:Q", title="ε: an intruder's largest |cosine| with a direction of W"),
         tooltip=tooltips(
             {"kind": "number", "line": named(main), "epsilon": "ε"}
             | {"mean": ("mean over members", ".1f")}
@@ -136,29 +137,29 @@ def intruder_counts(table: pd.DataFrame, k: int = 10, main: str = "rank") -> alt
     )
     title = label(main)
     lines = lambda marks: lines_of("line", order, marks, title)
-    dash = alt.Scale(domain=list(kinds.values()), range=[[1, 0], [2, 3]])
-    scale = alt.Scale(domainMin=0)
-    y = alt.Y("mean:Q", title=f"intruders in the top {k} of {matrices} matrices", scale=scale)
-    bars = means.transform_filter("datum.kind === 'intruders'").transform_calculate(
+    dash = dict(domain=list(kinds.values()), range=[[1, 0], [2, 3]])
+    scale = dict(domainMin=0)
+    y = vega.column("mean:Q", title=f"intruders in the top {k} of {matrices} matrices", scale=scale)
+    bars = means.filter("datum.kind === 'intruders'").calculate(
         low="max(datum.low, 0)", high=f"min(datum.high, {k * matrices})"
     )
     parts = [
-        bars.mark_rule(strokeOpacity=0.5).encode(y=alt.Y("low:Q"), y2="high:Q", **lines("rule")),
-        means.mark_line().encode(
+        bars.mark("rule", strokeOpacity=0.5).encode(
+            y=vega.column("low:Q"), y2="high:Q", **lines("rule")
+        ),
+        means.mark("line").encode(
             y=y,
             color=lines("line")["color"],
-            strokeDash=alt.StrokeDash(
-                "kind:N", scale=dash, title=None, legend=alt.Legend(columns=1)
-            ),
+            strokeDash=vega.column("kind:N", scale=dash, title=None, legend=dict(columns=1)),
         ),
-        means.mark_point(size=30).encode(y=y, **lines("point")),
+        means.mark("point", size=30).encode(y=y, **lines("point")),
     ]
-    return themed(filtered(alt.layer(*parts)).properties(width="container"))
+    return themed(filtered(vega.layer(*parts)).properties(width="container"))
 
 
 def trajectory(
     table: pd.DataFrame, main: str = "rank", quantities: Sequence[str] | None = None
-) -> alt.FacetChart:
+) -> vega.Chart:
     """Properties of updates during training, one panel per quantity: thick lines are means over
     members, thin ones members; each is the mean over the member's matrices.
 
@@ -173,12 +174,10 @@ def trajectory(
     means = table.groupby(["member", "step", "line"], sort=False)[drawn].mean().reset_index()
     means = means.assign(**{name: digits(means[name]) for name in drawn})
     chart = (
-        alt.Chart(means)
-        .transform_fold(drawn, as_=["kind", "value"])
-        .transform_joinaggregate(
-            mean="mean(value)", n="valid(value)", groupby=["kind", "line", "step"]
-        )
-        .encode(x=alt.X("step:Q", title="optimizer step", axis=alt.Axis(tickCount=4, format="d")))
+        vega.Chart(means)
+        .fold(drawn, names=("kind", "value"))
+        .join_aggregate(mean="mean(value)", n="valid(value)", groupby=["kind", "line", "step"])
+        .encode(x=vega.column("step:Q", title="optimizer step", axis=dict(tickCount=4, format="d")))
     )
     lines = lambda marks: lines_of("line", order, marks, label(main))
     place = {"line": named(main), "step": "step"}
@@ -187,32 +186,32 @@ def trajectory(
         "mean": place | {"mean": ("mean over members", ".4~g"), "n": "members"},
     }
     y = lambda name: {
-        "y": alt.Y(f"{name}:Q", title=None, scale=alt.Scale(zero=False)),
+        "y": vega.column(f"{name}:Q", title=None, scale=dict(zero=False)),
         "tooltip": tooltips(tips[name]),
     }
     parts = [
-        chart.mark_line(style="member", strokeWidth=0.8).encode(
+        chart.mark("line", style="member", strokeWidth=0.8).encode(
             detail="member:N", color=lines("line")["color"], **y("value")
         ),
-        chart.mark_line().encode(**y("mean"), **lines("line")),
-        chart.mark_point(size=20).encode(**y("mean"), **lines("point")),
+        chart.mark("line").encode(**y("mean"), **lines("line")),
+        chart.mark("point", size=20).encode(**y("mean"), **lines("point")),
     ]
-    panels = wrapped(alt.layer(*parts).properties(height=150), titles, "kind", 3)
-    return themed(filtered(panels.resolve_scale(y="independent")))
+    panels = wrapped(vega.layer(*parts).properties(height=150), titles, "kind", 3)
+    return themed(filtered(panels.resolve("scale", y="independent")))
 
 
-def cka(table: pd.DataFrame, main: str = "rank") -> alt.LayerChart:
+def cka(table: pd.DataFrame, main: str = "rank") -> vega.Chart:
     """Linear CKA between the adapted model's and the base's activations against the layer: means
     over members with their t intervals, one line per value of `main`.
 
     Args:
       table: columns member, layer, cka and `main`.
     """
-    x = alt.X("layer:Q", title="layer", **whole_numbers(table["layer"]))
+    x = vega.column("layer:Q", title="layer", **whole_numbers(table["layer"]))
     return _means(table, main, x, "cka", "linear CKA with the base (0 to 1)")
 
 
-def kept_rank(table: pd.DataFrame, main: str = "rank", unit: str = "nats") -> alt.LayerChart:
+def kept_rank(table: pd.DataFrame, main: str = "rank", unit: str = "nats") -> vega.Chart:
     """The validation loss against the rank that is kept of every update: means over members with
     their t intervals, one line per value of `main`.
 
@@ -221,16 +220,16 @@ def kept_rank(table: pd.DataFrame, main: str = "rank", unit: str = "nats") -> al
       unit: of the loss.
     """
     kept = sorted(set(table["kept"]))
-    x = alt.X("kept:O", title="singular directions kept of every ΔW", sort=kept)
+    x = vega.column("kept:O", title="singular directions kept of every ΔW", sort=kept)
     return _means(table, main, x, "loss", f"validation loss ({unit})")
 
 
-def _means(table: pd.DataFrame, main: str, x: alt.X, value: str, title: str) -> alt.LayerChart:
+def _means(table: pd.DataFrame, main: str, x: dict[str, Any], value: str, title: str) -> vega.Chart:
     """Means over members of the column `value` against x, one line per value of `main`."""
     table, order = in_words(table, main)
     column = x.to_dict()["field"]
     data = table[["member", column, "line"]].assign(**{value: digits(table[value], 5)})
-    means = with_intervals(alt.Chart(data), value, ["line", column]).encode(
+    means = with_intervals(vega.Chart(data), value, ["line", column]).encode(
         x=x,
         tooltip=tooltips(
             {"line": named(main), column: column, "mean": ("mean over members", ".4f")}
@@ -239,10 +238,10 @@ def _means(table: pd.DataFrame, main: str, x: alt.X, value: str, title: str) -> 
         ),
     )
     lines = lambda marks: lines_of("line", order, marks, label(main))
-    y = lambda name: alt.Y(f"{name}:Q", title=title, scale=alt.Scale(zero=False))
+    y = lambda name: vega.column(f"{name}:Q", title=title, scale=dict(zero=False))
     parts = [
-        means.mark_rule().encode(y=y("low"), y2="high:Q", **lines("rule")),
-        means.mark_line().encode(y=y("mean"), **lines("line")),
-        means.mark_point(size=30).encode(y=y("mean"), **lines("point")),
+        means.mark("rule").encode(y=y("low"), y2="high:Q", **lines("rule")),
+        means.mark("line").encode(y=y("mean"), **lines("line")),
+        means.mark("point", size=30).encode(y=y("mean"), **lines("point")),
     ]
-    return themed(filtered(alt.layer(*parts)).properties(width="container"))
+    return themed(filtered(vega.layer(*parts)).properties(width="container"))

@@ -3,17 +3,17 @@
 from collections.abc import Sequence
 from typing import Any
 
-import altair as alt
 import pandas as pd
 
 from lorax.analysis import runs
-from lorax.analysis.figures import style
+from lorax.analysis.figures import style, vega
 from lorax.analysis.figures.encodings import (
     colours,
     dodged,
     field,
     in_order,
     in_panels,
+    is_numeric,
     of_axes,
     of_members,
     place,
@@ -45,7 +45,7 @@ def rank_curve(
     unit: str = UNIT,
     chosen: pd.Series | None = None,
     panels: Sequence | None = None,
-) -> alt.TopLevelMixin:
+) -> vega.Chart:
     """Final loss against an axis of the sweep: means over seeds with 95% intervals, seeds as dots.
     Lines across: the base, and methods without a value on the axis (full fine-tuning). If the
     values of the axis are names, they are listed downwards, best first.
@@ -67,18 +67,19 @@ def rank_curve(
     axis = LossAxis("y" if across else "x", f"final {found.split} loss ({unit})", ends)
     encode = {}
     if across:
-        encode["x"] = alt.X(**place(layout.x, points[layout.x]))
+        encode["x"] = place(layout.x, points[layout.x])
     else:
         encode["y"] = _names(data, field(layout.x))
     if layout.colour and not across:
         order = in_order(layout.colour, points[layout.colour])
-        encode["yOffset"] = alt.YOffset(field(layout.colour), sort=order)
-    elif layout.colour and encode["x"].type == "quantitative":
+        kind = "quantitative" if is_numeric(order) else "nominal"
+        encode["yOffset"] = vega.column(field(layout.colour), type=kind, sort=order)
+    elif layout.colour and encode["x"]["type"] == "quantitative":
         data = dodged(data, layout.x, layout.colour)
-        encode["x"].shorthand = "at"
+        encode["x"]["field"] = "at"
     marks = means(points, layout.names, encode, layout.colour, axis, across)
     lines = line_names(others, points, layout.x)
-    chart = alt.layer(*marks, *references(others, lines, table, axis))
+    chart = vega.layer(*marks, *references(others, lines, table, axis))
     rows = points[layout.x].nunique(dropna=False)
     each = ROW if layout.colour is None else max(ROW, DODGED * points[layout.colour].nunique())
     height = None if across else each * max(rows, 2)
@@ -86,11 +87,11 @@ def rank_curve(
     return style.themed(style.filtered(in_panels(chart, data, shown, height)))
 
 
-def _names(data: pd.DataFrame, name: str) -> alt.Y:
+def _names(data: pd.DataFrame, name: str) -> dict[str, Any]:
     """The axis of names: the lowest mean first."""
     order = data.groupby(name, sort=False)["loss"].mean().sort_values(kind="stable").index
-    axis = alt.Axis(labelLimit=260, grid=True)
-    return alt.Y(name, type="nominal", sort=list(order), title=None, axis=axis)
+    axis = dict(labelLimit=260, grid=True)
+    return vega.column(name, type="nominal", sort=list(order), title=None, axis=axis)
 
 
 def learning_curves(
@@ -99,7 +100,7 @@ def learning_curves(
     by: runs.Axes,
     unit: str = UNIT,
     panels: Sequence[str] | None = None,
-) -> alt.TopLevelMixin:
+) -> vega.Chart:
     """Validation loss against the step: a panel for each setting of the other axes, a colour for
     each value of the main axis. Thin: members, dashed if they diverged, with a bar where they were
     stopped. Thick: means over members that differ only in the seed (`runs.averaged`).
@@ -130,29 +131,29 @@ def learning_curves(
     axis = LossAxis("y", f"validation loss ({unit})", ends)
     colour = colours(by.main, points[by.main] if by.main else (), "line")
     if colour:
-        stroke = alt.Legend(symbolType="stroke", symbolStrokeWidth=2, symbolOpacity=1)
-        colour["color"].legend = stroke
-    chart = alt.layer(*_members(points, names, colour, axis), *_means(points, names, colour, axis))
+        stroke = dict(symbolType="stroke", symbolStrokeWidth=2, symbolOpacity=1)
+        colour["color"]["legend"] = stroke
+    chart = vega.layer(*_members(points, names, colour, axis), *_means(points, names, colour, axis))
     chart = in_panels(chart, curves, shown if shown != [""] else [])
     return style.themed(style.filtered(with_members(chart, members)))
 
 
 def _members(
     points: pd.DataFrame, names: Sequence[str], colour: dict[str, Any], axis: LossAxis
-) -> list[alt.Chart]:
+) -> list[vega.Chart]:
     """Thin lines, with a mark at the ends of those that diverged or were stopped."""
-    x = alt.X("step:Q", title="optimizer step", axis=alt.Axis(tickMinStep=1, tickCount=4))
+    x = vega.column("step:Q", title="optimizer step", axis=dict(tickMinStep=1, tickCount=4))
     only = {name: of for name, of in colour.items() if name == "color"}
     said = tooltips(names, points, {"name": "member", "step": "step", "loss": (axis.title, FORMAT)})
-    dashed = alt.condition("datum.status === 'diverged'", alt.value([2, 2]), alt.value([1, 0]))
-    line = alt.Chart().mark_line(style="member", strokeWidth=1)
+    dashed = vega.either("datum.status === 'diverged'", [2, 2], [1, 0])
+    line = vega.Chart().mark("line", style="member", strokeWidth=1)
     line = line.encode(
         x=x, **axis.of("loss"), **only, strokeDash=dashed, detail="member:N", tooltip=said
     )
-    ends = alt.Chart().transform_filter(
+    ends = vega.Chart().filter(
         {"and": ["datum.last", {"field": "status", "oneOf": runs.WITHOUT_RESULT}]}
     )
-    ends = ends.mark_point(shape="stroke", filled=False, size=60, strokeWidth=2)
+    ends = ends.mark("point", shape="stroke", filled=False, size=60, strokeWidth=2)
     ends = ends.encode(
         x=x, **axis.of("loss"), **only,
         tooltip=tooltips(names, points, {"name": "member", "status": "status", "step": "step"}),
@@ -162,14 +163,14 @@ def _members(
 
 def _means(
     points: pd.DataFrame, names: Sequence[str], colour: dict[str, Any], axis: LossAxis
-) -> list[alt.Chart]:
+) -> list[vega.Chart]:
     """Thick lines, which are wide enough to be found by the pointer."""
-    over = alt.Chart().transform_filter("datum.averaged")
+    over = vega.Chart().filter("datum.averaged")
     groups = [*map(field, names), "panel", "step"]
-    over = over.transform_aggregate(mean="mean(loss)", n="valid(loss)", groupby=groups)
+    over = over.aggregate(mean="mean(loss)", n="valid(loss)", groupby=groups)
     numbers = {"step": "step", "mean": (f"mean {axis.title}", FORMAT), "n": "seeds"}
     said = tooltips(names, points, numbers)
-    encode = {**colour, "x": alt.X("step:Q"), **axis.of("mean")}
-    line = over.mark_line(strokeWidth=2.2).encode(**encode)
-    dots = over.mark_point(size=60, opacity=0)
+    encode = {**colour, "x": vega.column("step:Q"), **axis.of("mean")}
+    line = over.mark("line", strokeWidth=2.2).encode(**encode)
+    dots = over.mark("point", size=60, opacity=0)
     return [line, dots.encode(x=encode["x"], **axis.of("mean"), tooltip=said)]

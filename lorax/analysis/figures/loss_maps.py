@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-import altair as alt
 import pandas as pd
 
 from lorax.analysis import runs
-from lorax.analysis.figures import style
+from lorax.analysis.figures import style, vega
 from lorax.analysis.figures.encodings import (
     field,
     in_panels,
@@ -32,7 +31,7 @@ def setting_map(
     layout: Layout,
     unit: str = "nats",
     panels: Sequence | None = None,
-) -> alt.TopLevelMixin:
+) -> vega.Chart:
     """Final loss by two axes: a cell for every setting, with its mean over seeds. The best cell of
     a row, among those of which all seeds reached the end, is framed; an arrow says that it is the
     first or the last of its row, so that a better one may lie beyond it.
@@ -50,7 +49,7 @@ def setting_map(
     columns = distinct(kept[x])
     data["edge"] = data[field(x)].map({columns[0]: "◂", columns[-1]: "▸"}).fillna("")
     title = f"final {found.split} loss ({unit})"
-    chart = alt.layer(
+    chart = vega.layer(
         *_cells(kept, layout, data, title, extent(kept[found.loss], runs.base_loss(table)))
     )
     shown = titles_in_order(kept, layout.panel) if layout.panel else []
@@ -61,47 +60,44 @@ def setting_map(
 
 def _cells(
     kept: pd.DataFrame, layout: Layout, data: pd.DataFrame, title: str, ends: tuple[float, float]
-) -> list[alt.Chart]:
+) -> list[vega.Chart]:
     """Layers: the cells, the frames of the best, the numbers, and words for what is lost."""
     x, y = map(field, layout[:2])
-    discrete = lambda name, channel, **axis: channel(
-        field(name), type="ordinal", title=style.label(name), axis=alt.Axis(format="~g", **axis)
+    discrete = lambda name, **axis: vega.column(
+        f"{field(name)}:O", title=style.label(name), axis=dict(format="~g", **axis)
     )
-    place = {
-        "x": discrete(layout.x, alt.X, labelAngle=0),
-        "y": discrete(layout.colour, alt.Y),
-    }
+    place = {"x": discrete(layout.x, labelAngle=0), "y": discrete(layout.colour)}
     names = [*layout.names]
     groups = [*dict.fromkeys(map(field, names)), "panel", "lost", "edge"]
-    mean = style.with_intervals(alt.Chart(), "loss", groups)
-    scale = alt.Scale(domain=list(ends), clamp=True, reverse=True)
-    colour = alt.Color("mean:Q", title=title, scale=scale, legend=alt.Legend(gradientLength=200))
+    mean = style.with_intervals(vega.Chart(), "loss", groups)
+    scale = dict(domain=list(ends), clamp=True, reverse=True)
+    colour = vega.column("mean:Q", title=title, scale=scale, legend=dict(gradientLength=200))
     said = tooltips(dict.fromkeys(names), kept, of_mean(kept, list(dict.fromkeys(names)), title))
-    cells = mean.mark_rect().encode(**place, color=colour, tooltip=said)
+    cells = mean.mark("rect").encode(**place, color=colour, tooltip=said)
     best = (
-        mean.transform_filter("datum.lost === 0")
-        .transform_joinaggregate(lowest="min(mean)", groupby=[y, "panel"])
-        .transform_filter("datum.mean === datum.lowest")
+        mean.filter("datum.lost === 0")
+        .join_aggregate(lowest="min(mean)", groupby=[y, "panel"])
+        .filter("datum.mean === datum.lowest")
     )
     # Two frames, dark in light, are seen on every colour.
-    frame = lambda colour, width: best.mark_rect(
-        filled=False, stroke=colour, strokeWidth=width, strokeJoin="round"
+    frame = lambda colour, width: best.mark(
+        "rect", filled=False, stroke=colour, strokeWidth=width, strokeJoin="round"
     ).encode(**place)
     middle = (ends[0] + ends[1]) / 2
-    ink = alt.condition(f"datum.mean < {middle:.6g}", alt.value("#111111"), alt.value("#ffffff"))
-    text = mean.transform_calculate(text="format(datum.mean, '.3f')")
-    text = text.mark_text(fontSize=12).encode(**place, text="text:N", color=ink)
-    edges = best.transform_filter("datum.edge !== ''")
+    ink = vega.either(f"datum.mean < {middle:.6g}", "#111111", "#ffffff")
+    text = mean.calculate(text="format(datum.mean, '.3f')")
+    text = text.mark("text", fontSize=12).encode(**place, text="text:N", color=ink)
+    edges = best.filter("datum.edge !== ''")
     at = lambda which, **where: (
-        edges.transform_filter(f"datum.edge === '{which}'")
-        .mark_text(fontSize=14, **where)
+        edges.filter(f"datum.edge === '{which}'")
+        .mark("text", fontSize=14, **where)
         .encode(**place, text="edge:N", color=ink)
     )
-    lost = alt.Chart().transform_filter("datum.lost > 0")
-    lost = lost.transform_aggregate(
+    lost = vega.Chart().filter("datum.lost > 0")
+    lost = lost.aggregate(
         n="valid(loss)", lost="max(lost)", members="count()", groupby=[*groups[:-2], "status"]
     )
-    lost = lost.transform_filter("datum.n === 0").mark_text(style="reference-text")
+    lost = lost.filter("datum.n === 0").mark("text", style="reference-text")
     lost = lost.encode(**place, text="status:N")
     return [cells, frame("#ffffff", 5), frame("#111111", 2), text, lost,
             at("◂", dx=-24), at("▸", dx=24)]  # fmt: skip

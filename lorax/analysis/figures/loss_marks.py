@@ -4,11 +4,10 @@ the base and of full fine-tuning."""
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import altair as alt
 import pandas as pd
 
 from lorax.analysis import runs
-from lorax.analysis.figures import style
+from lorax.analysis.figures import style, vega
 from lorax.analysis.figures.encodings import colours, field, tooltips
 
 FORMAT = ".4f"
@@ -24,17 +23,14 @@ class LossAxis(NamedTuple):
 
     def of(self, name: str) -> dict[str, Any]:
         """The encoding of a column of losses. What is beyond the ends lies on them."""
-        make = alt.X if self.channel == "x" else alt.Y
-        scale = alt.Scale(domain=list(self.ends), clamp=True, nice=False, zero=False)
+        scale = dict(domain=list(self.ends), clamp=True, nice=False, zero=False)
         labels = f"datum.value < {self.first} ? '' : datum.label"
-        axis = alt.Undefined if self.first is None else alt.Axis(labelExpr=labels)
-        encoding = make(name, type="quantitative", title=self.title, scale=scale, axis=axis)
-        return {self.channel: encoding}
+        axis = {} if self.first is None else {"axis": {"labelExpr": labels}}
+        return {self.channel: vega.column(f"{name}:Q", title=self.title, scale=scale, **axis)}
 
     def span(self, low: str, high: str) -> dict[str, Any]:
         """The encodings of an interval."""
-        end = {"x2": alt.X2(high)} if self.channel == "x" else {"y2": alt.Y2(high)}
-        return self.of(low) | end
+        return self.of(low) | {f"{self.channel}2": high}
 
 
 def means(
@@ -44,7 +40,7 @@ def means(
     colour: str | None,
     axis: LossAxis,
     joined: bool,
-) -> list[alt.Chart]:
+) -> list[vega.Chart]:
     """Layers for a chart of `encodings.of_members`: 95% intervals over seeds, a line through the
     means (if joined), the seeds, the means (hollow if a seed is lost), and the ring.
 
@@ -57,21 +53,21 @@ def means(
     """
     look = lambda marks: other | colours(colour, table[colour] if colour else (), marks)
     over_seeds = style.with_intervals(
-        alt.Chart(), "loss", [*map(field, names), "panel", "lost", "chosen"]
+        vega.Chart(), "loss", [*map(field, names), "panel", "lost", "chosen"]
     )
-    bars = over_seeds.mark_rule().encode(**look("rule"), **axis.span("low", "high"))
-    line = over_seeds.mark_line().encode(**look("line"), **axis.of("mean"))
-    seeds = alt.Chart().transform_filter("isValid(datum.loss)").mark_point(style="member", size=16)
+    bars = over_seeds.mark("rule").encode(**look("rule"), **axis.span("low", "high"))
+    line = over_seeds.mark("line").encode(**look("line"), **axis.of("mean"))
+    seeds = vega.Chart().filter("isValid(datum.loss)").mark("point", style="member", size=16)
     of_seed = tooltips(names, table, {"name": "member", "loss": (axis.title, FORMAT)})
     seeds = seeds.encode(**look("rule"), **axis.of("loss"), tooltip=of_seed)
-    dots = over_seeds.mark_point().encode(
+    dots = over_seeds.mark("point").encode(
         **look("point"),
         **axis.of("mean"),
-        fillOpacity=alt.condition("datum.lost > 0", alt.value(0), alt.value(1)),
+        fillOpacity=vega.either("datum.lost > 0", 0, 1),
         tooltip=tooltips(names, table, of_mean(table, names, axis.title)),
     )
-    ring = over_seeds.transform_filter("datum.chosen").transform_calculate(ring="'the answer'")
-    ring = ring.mark_point(style="ring", size=240)
+    ring = over_seeds.filter("datum.chosen").calculate(ring="'the answer'")
+    ring = ring.mark("point", style="ring", size=240)
     ring = ring.encode(**other, **axis.of("mean"), tooltip=style.tooltips({"ring": "ringed"}))
     return [bars, *[line] * joined, seeds, dots, ring]
 
@@ -86,7 +82,7 @@ def of_mean(table: pd.DataFrame, names: Sequence[str], title: str) -> dict[str, 
 
 def references(
     others: pd.DataFrame, names: Sequence[str], table: pd.DataFrame, axis: LossAxis
-) -> list[alt.Chart]:
+) -> list[vega.Chart]:
     """Layers of lines across the figure: the base's loss, and the means of members that have no
     place on the other axis. What is beyond the end of the axis is drawn there, with its value.
 
@@ -104,20 +100,20 @@ def references(
     if lines.empty:
         return []
     across = axis.channel == "y"
-    lines = alt.Chart(lines).transform_filter(style.SHOWN)
-    mean = lines.transform_aggregate(mean="mean(loss)", n="valid(loss)", groupby=["line"])
-    mean = mean.transform_filter("datum.n > 0").transform_calculate(
+    lines = vega.Chart(lines).filter(style.SHOWN)
+    mean = lines.aggregate(mean="mean(loss)", n="valid(loss)", groupby=["line"])
+    mean = mean.filter("datum.n > 0").calculate(
         text="datum.line + ' ' + format(datum.mean, '.3f')"
         + f" + (datum.mean > {axis.ends[1]:.6g} ? ', beyond this scale' : '')",
         base="datum.line === 'base'",
     )
     said = style.tooltips({"line": "line", "mean": (axis.title, FORMAT), "n": "seeds"})
-    rule = mean.mark_rule(style="reference").encode(**axis.of("mean"), tooltip=said)
+    rule = mean.mark("rule", style="reference").encode(**axis.of("mean"), tooltip=said)
     # Curves fall to the right: there is room below the base's line there, and at the left above
     # a line that the curves come near to.
     text = lambda which, **where: (
-        mean.transform_filter(which)
-        .mark_text(style="reference-text", **where)
+        mean.filter(which)
+        .mark("text", style="reference-text", **where)
         .encode(text="text:N", **axis.of("mean"), **_start(across, where["align"]))
     )
     if not across:
@@ -133,5 +129,5 @@ def references(
 def _start(across: bool, align: str) -> dict[str, Any]:
     """Where a line's text starts: at an end of the line."""
     if not across:
-        return {"y": alt.value(-4)}
-    return {"x": alt.value("width") if align == "right" else alt.value(2)}
+        return {"y": vega.value(-4)}
+    return {"x": vega.value("width") if align == "right" else vega.value(2)}

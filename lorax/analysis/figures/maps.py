@@ -6,11 +6,12 @@ numbers are those of the LoRA paper (arXiv 2106.09685).
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-import altair as alt
 import numpy as np
 import pandas as pd
 
+from lorax.analysis.figures import vega
 from lorax.analysis.figures.panels import digits, wrapped
 from lorax.analysis.figures.style import (
     AXIS,
@@ -32,7 +33,7 @@ CONTROL = "chance"
 
 def similarity_maps(
     phi: Mapping[tuple[int, str], np.ndarray], control: np.ndarray, y_label: str, x_label: str
-) -> alt.FacetChart:
+) -> vega.Chart:
     """Subspace similarity phi(i, j), one panel per matrix, then the level of chance. Of more than
     `SMALL` directions, as many are drawn, evenly spaced.
 
@@ -47,7 +48,7 @@ def similarity_maps(
 
 def figure3(
     phi: Mapping[tuple[int, str], np.ndarray], control: np.ndarray | None = None
-) -> alt.FacetChart:
+) -> vega.Chart:
     """The paper's figure 3, two panels per matrix: phi(i, j) of a small rank (i, downwards) against
     a large one (j, to the right), and next to it a zoom on j <= r1.
 
@@ -69,9 +70,7 @@ def figure3(
     return _maps(maps, f"j: top directions, r = {r2}", f"i: top directions, r = {r1}", columns=4)
 
 
-def figure4(
-    phi: Mapping[str | tuple[int, str], np.ndarray], gaussian: np.ndarray
-) -> alt.FacetChart:
+def figure4(phi: Mapping[str | tuple[int, str], np.ndarray], gaussian: np.ndarray) -> vega.Chart:
     """The paper's figure 4: phi(i, j) between two seeds, one panel per matrix, then the level of
     chance.
 
@@ -90,7 +89,7 @@ def figure4(
 
 def against_base(
     phi: Mapping[str, np.ndarray], chance: np.ndarray | None = None, top: float = 0.1
-) -> alt.FacetChart:
+) -> vega.Chart:
     """The paper's figure 8: how much of dW's directions (j, to the right) W's leading ones (i,
     downwards) contain; one panel per title ("r = 8"), then chance. The dashed line is at W's top
     share.
@@ -107,7 +106,7 @@ def against_base(
 
 def between_layers(
     maps: Mapping[tuple[str, str], tuple[list[int], np.ndarray]],
-) -> alt.FacetChart:
+) -> vega.Chart:
     """How much the directions of different layers' updates agree, one panel per target and side.
 
     Args:
@@ -123,21 +122,21 @@ def between_layers(
     table["phi"] = digits(table["phi"], 3)
     layers = sorted(set(table["i"]))
     step = -(-len(layers) // 8)
-    axis = alt.Axis(values=layers[::step], labelAngle=0)
-    cells = alt.Chart(table).encode(
-        x=alt.X("j:O", title="layer", axis=axis),
-        y=alt.Y("i:O", title="layer", axis=axis),
+    axis = dict(values=layers[::step], labelAngle=0)
+    cells = vega.Chart(table).encode(
+        x=vega.column("j:O", title="layer", axis=axis),
+        y=vega.column("i:O", title="layer", axis=axis),
         color=_colour("φ(r, r)"),
         tooltip=tooltips(
             {"panel": "target and side", "i": "layer", "j": "and layer"}
             | {"phi": ("φ(r, r)", ".3f")}
         ),
     )
-    chart = alt.layer(cells.mark_rect(aria=False)).properties(height=HEIGHT)
+    chart = vega.layer(cells.mark("rect", aria=False)).properties(height=HEIGHT)
     return themed(wrapped(chart, distinct(table["panel"])))
 
 
-def overlap(pairs: pd.DataFrame, names: Sequence[str]) -> alt.FacetChart:
+def overlap(pairs: pd.DataFrame, names: Sequence[str]) -> vega.Chart:
     """phi of all directions between every two adapters, one panel per side of dW.
 
     Args:
@@ -149,26 +148,26 @@ def overlap(pairs: pd.DataFrame, names: Sequence[str]) -> alt.FacetChart:
     for name in ("phi", "by_chance"):
         table[name] = digits(table[name], 3)
     table["ground"] = np.where(table["phi"] > 0.55, "light", "dark")
-    cells = alt.Chart().encode(
-        x=alt.X("second:N", title=None, sort=list(names), axis=alt.Axis(labelAngle=-35)),
-        y=alt.Y("first:N", title=None, sort=list(names), axis=alt.Axis(labelLimit=110)),
+    cells = vega.Chart().encode(
+        x=vega.column("second:N", title=None, sort=list(names), axis=dict(labelAngle=-35)),
+        y=vega.column("first:N", title=None, sort=list(names), axis=dict(labelLimit=110)),
         tooltip=tooltips(
             {"first": "between", "second": "and", "phi": ("φ", ".3f")}
             | {"by_chance": ("by chance", ".3f")}
         ),
     )
-    parts = [cells.mark_rect().encode(color=_colour("φ of all directions"))]
+    parts = [cells.mark("rect").encode(color=_colour("φ of all directions"))]
     if len(names) <= FEW:
-        text = alt.Text("phi:Q", format=".2f")
-        parts.append(cells.mark_text(fontSize=11).encode(text=text, color=_ON_GROUND))
-    panel = alt.layer(*parts, data=table)
+        text = vega.column("phi:Q", format=".2f")
+        parts.append(cells.mark("text", fontSize=11).encode(text=text, color=_ON_GROUND))
+    panel = vega.layer(*parts, data=table)
     panel = panel.properties(height=28 * len(names), width=WIDTH - AXIS - HEADER)
-    sides = alt.Row("side:N", title=None, sort=distinct(table["side"]))
-    chart = panel.facet(row=sides).resolve_scale(x="independent")
+    sides = vega.column("side:N", title=None, sort=distinct(table["side"]))
+    chart = panel.facet({"row": sides}).resolve("scale", x="independent")
     return themed(chart.properties(usermeta={"columns": 1}))  # for the page's script
 
 
-def layer_grid(values: pd.DataFrame, label: str, *, log: bool = False) -> alt.LayerChart:
+def layer_grid(values: pd.DataFrame, label: str, *, log: bool = False) -> vega.Chart:
     """One number for every matrix: one row per target, one column per layer, the numbers in the
     cells.
 
@@ -181,7 +180,7 @@ def layer_grid(values: pd.DataFrame, label: str, *, log: bool = False) -> alt.La
     return _grid(table.assign(words=table["value"].map(_short)), label, log=log)
 
 
-def sensitivity(ranking: pd.DataFrame) -> alt.LayerChart:
+def sensitivity(ranking: pd.DataFrame) -> vega.Chart:
     """Score of every matrix as a share of the sum, with the rank chosen for it. ranking: rows of
     `tables.sensitivity` for one member."""
     table = ranking.assign(
@@ -194,7 +193,7 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if 100 <= abs(value) < np.inf else f"{value:.2g}"
 
 
-def _grid(table: pd.DataFrame, label: str, *, log: bool = False) -> alt.LayerChart:
+def _grid(table: pd.DataFrame, label: str, *, log: bool = False) -> vega.Chart:
     """One cell per matrix, coloured by `value`, with the text in `words`: targets x layers."""
     shown = np.isfinite(table["value"]) & ((table["value"] > 0) | (not log))
     table = table.assign(shown=digits(table["value"].where(shown)))
@@ -206,33 +205,33 @@ def _grid(table: pd.DataFrame, label: str, *, log: bool = False) -> alt.LayerCha
     table["ground"] = np.where(shown, np.where(place > 0.55, "light", "dark"), "none")
     table["number"] = table["value"].map(_short)
     columns = ["target", "layer", "shown", "ground", "words", "number"]
-    grid = alt.Chart(table[columns]).encode(
-        x=alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0)),
-        y=alt.Y("target:N", title=None, sort=distinct(table["target"])),
+    grid = vega.Chart(table[columns]).encode(
+        x=vega.column("layer:O", title="layer", axis=dict(labelAngle=0)),
+        y=vega.column("target:N", title=None, sort=distinct(table["target"])),
         tooltip=tooltips({"target": "target", "layer": "layer", "number": label}),
     )
-    scale = alt.Scale(type="log" if log else "linear", domain=[low, high], scheme="cividis")
-    colour = alt.Color("shown:Q", title=label, scale=scale, legend=_LEGEND)
-    text = grid.mark_text(fontSize=11).encode(text="words:N", color=_ON_GROUND)
-    chart = alt.layer(grid.mark_rect().encode(color=colour), text)
-    return themed(chart.properties(width=alt.Step(40), height=alt.Step(26)))
+    scale = dict(type="log" if log else "linear", domain=[low, high], scheme="cividis")
+    colour = vega.column("shown:Q", title=label, scale=scale, legend=_LEGEND)
+    text = grid.mark("text", fontSize=11).encode(text="words:N", color=_ON_GROUND)
+    chart = vega.layer(grid.mark("rect").encode(color=colour), text)
+    return themed(chart.properties(width={"step": 40}, height={"step": 26}))
 
 
 # ------------------------------------------------------------------------------------ maps of phi
 
-_LEGEND = alt.Legend(orient="top", gradientLength=160, gradientThickness=10, gradientOpacity=1)
+_LEGEND = dict(orient="top", gradientLength=160, gradientThickness=10, gradientOpacity=1)
 # Text on cividis, whose colours are the same on a light and on a dark page.
-_ON_GROUND = (
-    alt.when("datum.ground === 'dark'")
-    .then(alt.value("white"))
-    .when("datum.ground === 'light'")
-    .then(alt.value("black"))
-)
+_ON_GROUND = {
+    "condition": [
+        {"test": "datum.ground === 'dark'", "value": "white"},
+        {"test": "datum.ground === 'light'", "value": "black"},
+    ]
+}
 
 
-def _colour(title: str) -> alt.Color:
-    scale = alt.Scale(domain=[0, 1], scheme="cividis")
-    return alt.Color("phi:Q", title=title, scale=scale, legend=_LEGEND)
+def _colour(title: str) -> dict[str, Any]:
+    scale = dict(domain=[0, 1], scheme="cividis")
+    return vega.column("phi:Q", title=title, scale=scale, legend=_LEGEND)
 
 
 def _maps(
@@ -242,7 +241,7 @@ def _maps(
     most: int = CELLS,
     top: float | None = None,
     columns: int = 3,
-) -> alt.FacetChart:
+) -> vega.Chart:
     """phi of every title, from 0 to 1, with (1, 1) at the upper left.
 
     Args:
@@ -252,16 +251,16 @@ def _maps(
     """
     rows = [_panel(title, values, most, top) for title, values in maps.items()]
     chart = (
-        alt.Chart(pd.DataFrame(rows))
-        .transform_flatten(["phi"])
-        .transform_window(k="row_number()", groupby=["panel"])
-        .transform_filter("isValid(datum.phi)")
-        .transform_calculate(
+        vega.Chart(pd.DataFrame(rows))
+        .flatten("phi")
+        .window({"k": "row_number()"}, groupby=["panel"])
+        .filter("isValid(datum.phi)")
+        .calculate(
             row="floor((datum.k - 1) / (length(datum.right) - 1))",
             column="(datum.k - 1) % (length(datum.right) - 1)",
         )
-        .transform_calculate(i="datum.down[datum.row + 1]", j="datum.right[datum.column + 1]")
-        .transform_calculate(
+        .calculate(i="datum.down[datum.row + 1]", j="datum.right[datum.column + 1]")
+        .calculate(
             above="datum.down[datum.row] + 0.5",
             below="datum.i + 0.5",
             before="datum.right[datum.column] + 0.5",
@@ -273,26 +272,26 @@ def _maps(
     )
     x, y = _counted("j", maps, 1), _counted("i", maps, 0)
     # A stroke of the cell's own colour leaves no seams.
-    stroke = alt.ExprRef("scale('color', datum.phi)")
-    cells = chart.mark_rect(stroke=stroke, strokeWidth=0.7, aria=False).encode(
-        x=alt.X("before:Q", **x),
+    stroke = {"expr": "scale('color', datum.phi)"}
+    cells = chart.mark("rect", stroke=stroke, strokeWidth=0.7, aria=False).encode(
+        x=vega.column("before:Q", **x),
         x2="after:Q",
-        y=alt.Y("above:Q", **y),
+        y=vega.column("above:Q", **y),
         y2="below:Q",
         color=_colour(PHI),
         tooltip=tooltips({"panel": "between", "i": "i", "j": "j", "phi": (PHI, ".3f")}),
     )  # fmt: skip
-    numbers = chart.mark_text(fontSize=9, aria=False).encode(
-        x=alt.X("j:Q", **x), y=alt.Y("i:Q", **y), text="number:N", color=_ON_GROUND
+    numbers = chart.mark("text", fontSize=9, aria=False).encode(
+        x=vega.column("j:Q", **x), y=vega.column("i:Q", **y), text="number:N", color=_ON_GROUND
     )
     height = HEIGHT if most == CELLS else LOW
     parts = [cells, numbers] if any(row["few"] for row in rows) else [cells]
     if top is not None:
-        parts.append(chart.mark_rule(color="white", strokeDash=[4, 3]).encode(y="line:Q"))
-    faceted = wrapped(alt.layer(*parts).properties(height=height), list(maps), columns=columns)
+        parts.append(chart.mark("rule", color="white", strokeDash=[4, 3]).encode(y="line:Q"))
+    faceted = wrapped(vega.layer(*parts).properties(height=height), list(maps), columns=columns)
     if len({values.shape for values in maps.values()}) > 1:
-        faceted = faceted.resolve_scale(x="independent", y="independent")
-    heading = alt.Title(f"{y_label}; {x_label}", anchor="start", offset=12)
+        faceted = faceted.resolve("scale", x="independent", y="independent")
+    heading = {"text": f"{y_label}; {x_label}", "anchor": "start", "offset": 12}
     return themed(faceted.properties(title=heading))
 
 
@@ -311,13 +310,13 @@ def _panel(title: str, values: np.ndarray, most: int, top: float | None) -> dict
 
 
 def _counted(title: str, maps: Mapping[str, np.ndarray], side: int) -> dict:
-    """Arguments of `alt.X` or `alt.Y` for the directions on one side of the maps, from 1."""
+    """Options of an encoding for the directions on one side of the maps, from 1."""
     sizes = {values.shape[side] for values in maps.values()}
-    scale = alt.Scale(nice=False, zero=False, reverse=side == 0)
+    scale = dict(nice=False, zero=False, reverse=side == 0)
     whole = "datum.value % 1 ? '' : datum.label"
-    axis = alt.Axis(grid=False, format="d", tickCount=5, labelExpr=whole)
+    axis = dict(grid=False, format="d", tickCount=5, labelExpr=whole)
     if len(sizes) == 1:
         (size,) = sizes
         ticks = {1, *(round(size * share) for share in (0.25, 0.5, 0.75)), size} - {0}
-        axis.values = sorted(ticks)
+        axis["values"] = sorted(ticks)
     return {"title": title, "scale": scale, "axis": axis}

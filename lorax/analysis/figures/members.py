@@ -1,13 +1,13 @@
 """The figure of all members: a line for each through its values on all axes."""
 
 from collections.abc import Sequence
+from typing import Any
 
-import altair as alt
 import numpy as np
 import pandas as pd
 
 from lorax.analysis import runs
-from lorax.analysis.figures import style
+from lorax.analysis.figures import style, vega
 from lorax.analysis.figures.encodings import of_axes, ramp, tooltips, with_members
 from lorax.analysis.figures.layout import distinct, extent, has_order
 from lorax.analysis.figures.loss_marks import FORMAT
@@ -17,7 +17,7 @@ MOST_TICKS = 8  # of an axis
 NO_LOSS = 1.1  # the height of members without a final loss: above the axis
 
 
-def parallel(table: pd.DataFrame, names: Sequence[str], unit: str = "nats") -> alt.TopLevelMixin:
+def parallel(table: pd.DataFrame, names: Sequence[str], unit: str = "nats") -> vega.Chart:
     """Every member as a line through its values: the axes of the sweep, its trainable parameters
     and its final loss, which has the colour. Positive numbers lie on logarithmic axes, all else at
     equal distances. Members that diverged or were stopped are grey and dashed.
@@ -46,11 +46,11 @@ def parallel(table: pd.DataFrame, names: Sequence[str], unit: str = "nats") -> a
     )  # fmt: skip
     said = {"name": "member", "params": (style.label(SIZE), ","), "loss": (title, FORMAT)}
     said = tooltips(names, order, said | {"status": "status"})
-    lines = alt.Chart(pd.concat(parts, ignore_index=True))
+    lines = vega.Chart(pd.concat(parts, ignore_index=True))
     lines = style.filtered(with_members(lines, members))
     axes = pd.DataFrame(ticks, columns=["axis", "height", "text"])
     layers = [_axes(axes), *_lines(lines, list(columns), title, (low, high), said), *_ticks(axes)]
-    return style.themed(alt.layer(*layers).properties(width="container", height=340))
+    return style.themed(vega.layer(*layers).properties(width="container", height=340))
 
 
 def heights(column: pd.Series, name: str) -> tuple[pd.Series, dict[str, float]]:
@@ -88,49 +88,48 @@ def short(name: str) -> str:
     return {"rank": "rank", "lr": "rate", SIZE: "parameters"}.get(name, style.label(name))
 
 
-def _x(order: Sequence[str] | None = None) -> alt.X:
-    axis = alt.Axis(
+def _x(order: Sequence[str] | None = None) -> dict[str, Any]:
+    axis = dict(
         orient="top", domain=False, ticks=False, labelAngle=0, labelLimit=0, labelPadding=24,
         labelBaseline="line-top", labelExpr="split(datum.label, ' ')",
     )  # fmt: skip
-    return alt.X("axis:N", sort=order, title=None, axis=axis, scale=alt.Scale(padding=0.25))
+    return vega.column("axis:N", sort=order, title=None, axis=axis, scale=dict(padding=0.25))
 
 
-Y = alt.Y("height:Q", axis=None, scale=alt.Scale(domain=[0, NO_LOSS]))
+Y = vega.column("height:Q", axis=None, scale=dict(domain=[0, NO_LOSS]))
 
 
-def _axes(ticks: pd.DataFrame) -> alt.Chart:
+def _axes(ticks: pd.DataFrame) -> vega.Chart:
     """The upright lines."""
-    ends = alt.Chart(ticks).transform_aggregate(
-        low="min(height)", high="max(height)", groupby=["axis"]
-    )
-    return ends.mark_rule(style="reference", strokeDash=[1, 0]).encode(
-        x=_x(), y=alt.Y("low:Q", axis=None), y2="high:Q"
+    ends = vega.Chart(ticks).aggregate(low="min(height)", high="max(height)", groupby=["axis"])
+    return ends.mark("rule", style="reference", strokeDash=[1, 0]).encode(
+        x=_x(), y=vega.column("low:Q", axis=None), y2="high:Q"
     )
 
 
 def _lines(
-    lines: alt.Chart, order: Sequence[str], title: str, ends: tuple[float, float], said: list
-) -> list[alt.Chart]:
+    lines: vega.Chart, order: Sequence[str], title: str, ends: tuple[float, float], said: list
+) -> list[vega.Chart]:
     """The members; the one under the pointer is thick."""
-    hover = alt.selection_point("hover", on="pointerover", fields=["member"], empty=False)
-    scale = alt.Scale(domain=list(ends), range=ramp(5), clamp=True)
-    colour = alt.Color("loss:Q", title=title, scale=scale, legend=alt.Legend(gradientLength=200))
-    x, width = _x(order), alt.condition(hover, alt.value(4), alt.value(1.3))
-    reached = lines.transform_filter("isValid(datum.loss)").mark_line(strokeOpacity=0.75)
+    select = {"type": "point", "on": "pointerover", "fields": ["member"]}
+    hover = {"param": "hover", "empty": False}
+    scale = dict(domain=list(ends), range=ramp(5), clamp=True)
+    colour = vega.column("loss:Q", title=title, scale=scale, legend=dict(gradientLength=200))
+    x, width = _x(order), vega.either(hover, 4, 1.3)
+    reached = lines.filter("isValid(datum.loss)").mark("line", strokeOpacity=0.75)
     reached = reached.encode(
         x=x, y=Y, detail="member:N", color=colour, strokeWidth=width, tooltip=said
     )
-    lost = lines.transform_filter("!isValid(datum.loss)")
-    lost = lost.mark_line(style="reference", strokeWidth=1, opacity=0.4)
+    lost = lines.filter("!isValid(datum.loss)")
+    lost = lost.mark("line", style="reference", strokeWidth=1, opacity=0.4)
     lost = lost.encode(x=x, y=Y, detail="member:N", tooltip=said)
-    return [lost, reached.add_params(hover)]
+    return [lost, reached.parameter(name="hover", select=select)]
 
 
-def _ticks(ticks: pd.DataFrame) -> list[alt.Chart]:
+def _ticks(ticks: pd.DataFrame) -> list[vega.Chart]:
     """The values, on ground of their own, as lines run behind them."""
     text = lambda **look: (
-        alt.Chart(ticks).mark_text(align="left", dx=5, fontSize=11, **look).encode(
+        vega.Chart(ticks).mark("text", align="left", dx=5, fontSize=11, **look).encode(
             x=_x(), y=Y, text="text:N"
         )
     )  # fmt: skip

@@ -5,11 +5,11 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import altair as alt
 import numpy as np
 import pandas as pd
 
 from lorax.analysis import runs
+from lorax.analysis.figures import vega
 from lorax.analysis.figures.style import (
     distinct,
     facets,
@@ -31,8 +31,8 @@ INTERVAL = interval(".4~g")  # in tooltips
 
 
 def wrapped(
-    chart: alt.LayerChart, panels: Collection[str], field: str = "panel", columns: int = 3
-) -> alt.FacetChart:
+    chart: vega.Chart, panels: Collection[str], field: str = "panel", columns: int = 3
+) -> vega.Chart:
     """`facets` of a chart that computes its numbers. The transforms of its first layer are those of
     all: Vega-Lite can't compute others in panels.
 
@@ -40,16 +40,18 @@ def wrapped(
       panels: the values of the column `field`, in their order; or {value: title}.
       columns: how many panels a row has at most.
     """
-    transform, layers = chart.layer[0].transform, [layer.copy(deep=False) for layer in chart.layer]
-    for layer in layers:
-        layer.transform = alt.Undefined
-    chart = chart.copy(deep=False)
-    chart.layer = layers
+    transform = chart.spec["layer"][0].get("transform", [])
+    layers = [
+        {key: value for key, value in layer.items() if key != "transform"}
+        for layer in chart.spec["layer"]
+    ]
+    chart = chart.properties(layer=layers)
     chart = facets(chart, field, list(panels), side_by_side(len(panels), columns))
-    chart.transform = transform
+    chart = chart.properties(transform=transform) if transform else chart
     if isinstance(panels, Mapping):
-        chart.facet.header = alt.Header(labelExpr=f"{json.dumps(panels)}[datum.value]", title=None)
-    return chart.resolve_axis(x="independent")  # a shared axis would also be below a gap
+        header = {"labelExpr": f"{json.dumps(panels)}[datum.value]", "title": None}
+        chart = chart.properties(facet=chart.spec["facet"] | {"header": header})
+    return chart.resolve("axis", x="independent")  # a shared axis would also be below a gap
 
 
 def side_by_side(count: int, most: int) -> int:
@@ -60,7 +62,7 @@ def side_by_side(count: int, most: int) -> int:
 
 def means_of_layers(
     table: pd.DataFrame, main: str, kinds: Mapping[str, str], *, log: str = ""
-) -> alt.FacetChart:
+) -> vega.Chart:
     """Numbers of matrices against `main`, one panel per number, one line per target. Dots are
     layers, means over members; lines are means over layers, with their t intervals. Bars end where
     the axis does: none of these numbers is negative.
@@ -79,10 +81,10 @@ def means_of_layers(
     data = data.assign(x=data[main] if joined else data["line"])
     data = data.assign(**{column: digits(data[column]) for column in (*kinds, "reference")})
     layers = (
-        alt.Chart()
-        .transform_fold(list(kinds), as_=["kind", "value"])
-        .transform_filter("isValid(datum.value)")
-        .transform_aggregate(
+        vega.Chart()
+        .fold(list(kinds), names=("kind", "value"))
+        .filter("isValid(datum.value)")
+        .aggregate(
             value="mean(value)",
             reference="max(reference)",
             groupby=["kind", "target", "x", "layer"],
@@ -91,10 +93,10 @@ def means_of_layers(
     chart = with_intervals(layers, "value", ["kind", "target", "x"], keep=True)
     x = position(data["x"], main)
     if not joined and data["line"].str.len().max() > SHORT:
-        x["axis"] = alt.Axis(labelAngle=-35)
-    chart = chart.encode(x=alt.X("x", **x))
-    chart = chart.transform_calculate(bar=f"isValid(datum.low) ? max(datum.low, {lowest}) : null")
-    height = lambda column: alt.Y(f"{column}:Q", **y)
+        x["axis"] = dict(labelAngle=-35)
+    chart = chart.encode(x=vega.column("x", **x))
+    chart = chart.calculate(bar=f"isValid(datum.low) ? max(datum.low, {lowest}) : null")
+    height = lambda column: vega.column(f"{column}:Q", **y)
     lines = lambda marks: lines_of("target", distinct(data["target"]), marks, "target")
     place = {"target": "target", "x": named(main)}
     dots = place | {"layer": "layer", "value": ("mean over members", ".4~g")}
@@ -105,21 +107,21 @@ def means_of_layers(
         ),
     )
     parts = [
-        chart.mark_point(style="member", size=20).encode(
+        chart.mark("point", style="member", size=20).encode(
             y=height("value"), tooltip=tooltips(dots), **lines("point")
         ),
-        chart.mark_rule().encode(y=height("bar"), y2="high:Q", **lines("rule")),
-        means.mark_point().encode(**lines("point")),
+        chart.mark("rule").encode(y=height("bar"), y2="high:Q", **lines("rule")),
+        means.mark("point").encode(**lines("point")),
     ]
     if joined:
-        parts.insert(2, means.mark_line().encode(**lines("line")))
+        parts.insert(2, means.mark("line").encode(**lines("line")))
     if data["reference"].notna().any():
         reference = chart.encode(y=height("reference"))
-        tick = reference.mark_tick(style="reference", orient="horizontal", size=30)
-        parts.append(reference.mark_line(style="reference") if joined else tick)
+        tick = reference.mark("tick", style="reference", orient="horizontal", size=30)
+        parts.append(reference.mark("line", style="reference") if joined else tick)
     columns = ["member", "layer", "target", "x", "reference", *kinds]
-    whole = wrapped(alt.layer(*parts, data=data[columns]).properties(height=230), kinds, "kind", 2)
-    return themed(filtered(whole if log else whole.resolve_scale(y="independent")))
+    whole = wrapped(vega.layer(*parts, data=data[columns]).properties(height=230), kinds, "kind", 2)
+    return themed(filtered(whole if log else whole.resolve("scale", y="independent")))
 
 
 def in_words(table: pd.DataFrame, main: str) -> tuple[pd.DataFrame, list[str]]:
@@ -148,28 +150,27 @@ def digits(values: pd.Series, count: int = 4) -> pd.Series:
 
 
 def logarithmic(values: pd.Series, base: int = 10) -> dict[str, Any]:
-    """Arguments of `alt.X` or `alt.Y` for a logarithmic axis that ends where the positive values do
-    and has ticks at powers of the base; at every one if they are few."""
+    """Options of an encoding for a logarithmic axis that ends where the positive values do and has
+    ticks at powers of the base; at every one if they are few."""
     powers = np.log(values[values > 0]) / np.log(base)
     low, high = (math.floor(powers.min()), math.ceil(powers.max())) if len(powers) else (0, 1)
     step = -(-(high - low) // 6) or 1
     ticks = [float(base) ** power for power in range(low, high + 1, step)]
     inside = [tick for tick in ticks if values.min() <= tick <= values.max()]
-    if len(inside) < 2:
-        ticks = alt.Undefined
+    at = {"values": ticks} if len(inside) > 1 else {}
     return {
-        "scale": alt.Scale(type="log", base=base, nice=False),
-        "axis": alt.Axis(values=ticks, format="~g", labelOverlap="greedy", tickCount=4),
+        "scale": dict(type="log", base=base, nice=False),
+        "axis": at | dict(format="~g", labelOverlap="greedy", tickCount=4),
     }
 
 
 def whole_numbers(values: pd.Series) -> dict[str, Any]:
-    """Arguments of `alt.X` for an axis of layers; -1 is the place outside all layers."""
+    """Options of an encoding for an axis of layers; -1 is the place outside all layers."""
     low, high = int(values.min()), int(values.max())
     step = -(-(high - low) // 6) or 1
-    ticks = alt.Axis(
+    ticks = dict(
         values=list(range(low, high + 1, step)),
         labelExpr="datum.value < 0 ? 'none' : datum.label",
         format="d",
     )
-    return {"axis": ticks, "scale": alt.Scale(domain=[low - 0.3, high + 0.3], nice=False)}
+    return {"axis": ticks, "scale": dict(domain=[low - 0.3, high + 0.3], nice=False)}

@@ -3,10 +3,10 @@
 import itertools
 from collections.abc import Sequence
 
-import altair as alt
 import numpy as np
 import pandas as pd
 
+from lorax.analysis.figures import vega
 from lorax.analysis.figures.panels import (
     INTERVAL,
     digits,
@@ -33,7 +33,7 @@ MOST = 14  # lines of a panel that differ in colour, marker and dash
 SIZES = {"norm": "norm of ΔW", "effective": "effective rank", "stable": "stable rank"}
 
 
-def spectra(sigmas: pd.DataFrame, main: str = "rank", *, each: bool = False) -> alt.FacetChart:
+def spectra(sigmas: pd.DataFrame, main: str = "rank", *, each: bool = False) -> vega.Chart:
     """Singular values of dW by index, one line per value of `main`: means over members and layers,
     one panel per target; or with each, means over members, one panel per matrix.
 
@@ -47,7 +47,7 @@ def spectra(sigmas: pd.DataFrame, main: str = "rank", *, each: bool = False) -> 
     return _curves(table, order, main, "singular value of ΔW", of)
 
 
-def base_spectrum(sigmas: pd.DataFrame) -> alt.FacetChart:
+def base_spectrum(sigmas: pd.DataFrame) -> vega.Chart:
     """Singular values of W by index, one panel per target, one line per layer. Values that are
     only rounding are left out, as they would stretch the axis by ten decades.
 
@@ -62,7 +62,7 @@ def base_spectrum(sigmas: pd.DataFrame) -> alt.FacetChart:
 
 def _curves(
     table: pd.DataFrame, order: Sequence[str], main: str, y_title: str, of: str
-) -> alt.FacetChart:
+) -> vega.Chart:
     """sigma against index on logarithmic axes: means of what a panel and a line have in common."""
     points = {round(x) for x in np.geomspace(1, max(table["index"].max(), 1), POINTS)}
     table = table[table["index"].isin(points)].assign(sigma=digits(table["sigma"]))
@@ -70,12 +70,14 @@ def _curves(
     by_matrix = table.groupby(["member", "path", "panel", "line"], sort=False)
     lists = by_matrix[["index", "sigma"]].agg(list).reset_index().drop(columns="path")
     means = (
-        alt.Chart()
-        .transform_flatten(["index", "sigma"])
-        .transform_aggregate(mean="mean(sigma)", n="count()", groupby=["panel", "line", "index"])
+        vega.Chart()
+        .flatten("index", "sigma")
+        .aggregate(mean="mean(sigma)", n="count()", groupby=["panel", "line", "index"])
         .encode(
-            x=alt.X("index:Q", title="index of singular value", **logarithmic(table["index"], 2)),
-            y=alt.Y("mean:Q", title=y_title, **logarithmic(table["sigma"])),
+            x=vega.column(
+                "index:Q", title="index of singular value", **logarithmic(table["index"], 2)
+            ),
+            y=vega.column("mean:Q", title=y_title, **logarithmic(table["sigma"])),
             tooltip=tooltips(
                 {"panel": "matrix", "line": named(main), "index": "index"}
                 | {"mean": (of, ".4~g"), "n": "of how many"}
@@ -85,17 +87,20 @@ def _curves(
     title = label(main)
     if len(order) <= MOST:
         parts = [
-            means.mark_line().encode(**lines_of("line", order, "line", title)),
-            means.mark_point(size=14).encode(**lines_of("line", order, "point", title)),
+            means.mark("line").encode(**lines_of("line", order, "line", title)),
+            means.mark("point", size=14).encode(**lines_of("line", order, "point", title)),
         ]
     else:  # from dark to light
-        ramp = alt.Color("line:O", title=title, sort=order, scale=alt.Scale(scheme="cividis"))
-        parts = [means.mark_line().encode(color=ramp), means.mark_point(size=10).encode(color=ramp)]
-    chart = alt.layer(*parts, data=lists)
+        ramp = vega.column("line:O", title=title, sort=order, scale=dict(scheme="cividis"))
+        parts = [
+            means.mark("line").encode(color=ramp),
+            means.mark("point", size=10).encode(color=ramp),
+        ]
+    chart = vega.layer(*parts, data=lists)
     return themed(filtered(wrapped(chart.properties(height=130), distinct(table["panel"]))))
 
 
-def update_ranks(ranks: pd.DataFrame, main: str = "rank") -> alt.FacetChart:
+def update_ranks(ranks: pd.DataFrame, main: str = "rank") -> vega.Chart:
     """Effective and stable rank of dW against `main`, one line per target. Dots are layers, means
     over members; lines are means over layers, with t intervals over layers.
 
@@ -110,7 +115,7 @@ def update_ranks(ranks: pd.DataFrame, main: str = "rank") -> alt.FacetChart:
     return means_of_layers(table, main, kinds, log="rank of ΔW")
 
 
-def by_layer(ranks: pd.DataFrame) -> alt.FacetChart:
+def by_layer(ranks: pd.DataFrame) -> vega.Chart:
     """Norm, effective and stable rank of dW by layer: one line per target; for several adapters one
     line per adapter, and a row of panels per target.
 
@@ -126,12 +131,12 @@ def by_layer(ranks: pd.DataFrame) -> alt.FacetChart:
         panels = {f"{target} {size}": f"{target}: {title}" for target, (size, title) in pairs}
     of_panel = "datum.target + ' ' + datum.size" if line == "adapter" else "datum.size"
     chart = (
-        alt.Chart(table[["adapter", "layer", "target", *SIZES]])
-        .transform_fold(list(SIZES), as_=["size", "value"])
-        .transform_calculate(panel=of_panel)
+        vega.Chart(table[["adapter", "layer", "target", *SIZES]])
+        .fold(list(SIZES), names=("size", "value"))
+        .calculate(panel=of_panel)
         .encode(
-            x=alt.X("layer:Q", title="layer", **whole_numbers(table["layer"])),
-            y=alt.Y("value:Q", title=None),
+            x=vega.column("layer:Q", title="layer", **whole_numbers(table["layer"])),
+            y=vega.column("value:Q", title=None),
             tooltip=tooltips(
                 {"adapter": "adapter", "target": "target", "layer": "layer"}
                 | {"value": ("value", ".4~g")}
@@ -140,15 +145,15 @@ def by_layer(ranks: pd.DataFrame) -> alt.FacetChart:
     )
     lines = lambda marks: lines_of(line, distinct(table[line]), marks, line)
     parts = [
-        chart.mark_line().encode(**lines("line")),
-        chart.mark_point(size=24).encode(**lines("point")),
+        chart.mark("line").encode(**lines("line")),
+        chart.mark("point", size=24).encode(**lines("point")),
     ]
     height = 200 if len(panels) == len(SIZES) else 120
-    whole = wrapped(alt.layer(*parts).properties(height=height), panels)
-    return themed(whole.resolve_scale(y="independent"))
+    whole = wrapped(vega.layer(*parts).properties(height=height), panels)
+    return themed(whole.resolve("scale", y="independent"))
 
 
-def by_layer_and_value(table: pd.DataFrame, column: str, main: str = "rank") -> alt.FacetChart:
+def by_layer_and_value(table: pd.DataFrame, column: str, main: str = "rank") -> vega.Chart:
     """A number of every update by layer: one panel per target, one line per value of `main`. Lines
     are means over members, with t intervals.
 
@@ -159,11 +164,11 @@ def by_layer_and_value(table: pd.DataFrame, column: str, main: str = "rank") -> 
     table, order = in_words(table[np.isfinite(table[column])], main)
     data = table[["member", "layer", "target", "line"]].assign(value=digits(table[column]))
     low, high = data["value"].min(), data["value"].max()
-    y = {"title": named(column), "scale": alt.Scale(zero=False)}
+    y = {"title": named(column), "scale": dict(zero=False)}
     y |= logarithmic(data["value"]) if low > 0 and high > 100 * low else {}
-    means = with_intervals(alt.Chart(), "value", ["target", "line", "layer"]).encode(
-        x=alt.X("layer:Q", title="layer", **whole_numbers(data["layer"])),
-        y=alt.Y("mean:Q", **y),
+    means = with_intervals(vega.Chart(), "value", ["target", "line", "layer"]).encode(
+        x=vega.column("layer:Q", title="layer", **whole_numbers(data["layer"])),
+        y=vega.column("mean:Q", **y),
         tooltip=tooltips(
             {"target": "target", "layer": "layer", "line": named(main)}
             | {"mean": ("mean over members", ".4~g")}
@@ -173,11 +178,11 @@ def by_layer_and_value(table: pd.DataFrame, column: str, main: str = "rank") -> 
     )
     lines = lambda marks: lines_of("line", order, marks, label(main))
     parts = [
-        means.mark_rule().encode(y=alt.Y("low:Q", **y), y2="high:Q", **lines("rule")),
-        means.mark_line().encode(**lines("line")),
-        means.mark_point(size=24).encode(**lines("point")),
+        means.mark("rule").encode(y=vega.column("low:Q", **y), y2="high:Q", **lines("rule")),
+        means.mark("line").encode(**lines("line")),
+        means.mark("point", size=24).encode(**lines("point")),
     ]
-    chart = alt.layer(*parts, data=data)
+    chart = vega.layer(*parts, data=data)
     return themed(
         filtered(wrapped(chart.properties(height=160), distinct(data["target"]), "target"))
     )

@@ -1,6 +1,6 @@
 """The style of all figures: colours, markers and dashes, names of axes, legends.
 
-A figure is an Altair chart whose table is embedded in it. It names no colours of its own: marks
+A figure is a `vega.Chart`, with its table. It names no colours of its own: marks
 take them from the theme, by their order or by the name of a style (`STYLES`), so a page can show
 the same chart on light and on dark ground.
 
@@ -12,12 +12,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import altair as alt
 import numpy as np
 import pandas as pd
 from scipy import special
 
 from lorax.analysis import runs
+from lorax.analysis.figures import vega
 
 NAMES = {"rank": "rank r of the adapter", "lr": "learning rate", "alpha": "α"}
 NAMES |= {"trainable_params": "trainable parameters", "n_train": "training examples"}
@@ -145,29 +145,27 @@ def _marks(colours: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def themed(chart: alt.TopLevelMixin) -> alt.TopLevelMixin:
+def themed(chart: vega.Chart) -> vega.Chart:
     """The chart as it looks outside of a page, e.g. in a notebook. Every figure returns this."""
-    return chart.configure(**theme())
+    return chart.properties(config=theme())
 
 
-def filtered(chart: alt.TopLevelMixin) -> alt.TopLevelMixin:
+def filtered(chart: vega.Chart) -> vega.Chart:
     """The chart without the members that a page's reader hides, whose numbers the page puts into
     the parameter `hidden`. The chart's table has a column `member`. The filter comes before all
     other transforms, so what they compute (means over seeds) follows it.
 
     Raises ValueError if the chart has no table of its own, as a layer of several tables has none.
     """
-    if chart.data is alt.Undefined:
+    if "data" not in chart.spec:
         raise ValueError("filtered: the chart has no table; filter each of its parts")
-    rest = [] if chart.transform is alt.Undefined else chart.transform
-    chart = chart.copy(deep=False)
-    chart.transform = [alt.FilterTransform(SHOWN), *rest]
-    return chart.add_params(alt.param(name="hidden", value=[]))
+    steps = [{"filter": SHOWN}, *chart.spec.get("transform", [])]
+    return chart.properties(transform=steps).parameter(name="hidden", value=[])
 
 
 def with_intervals(
-    chart: alt.TopLevelMixin, value: str, groupby: Sequence[str], *, keep: bool = False
-) -> alt.TopLevelMixin:
+    chart: vega.Chart, value: str, groupby: Sequence[str], *, keep: bool = False
+) -> vega.Chart:
     """Computes, in the chart, for every group: `mean` of the column `value`, `n` (how many values
     are not missing), and `low` and `high`, the t interval of the mean at `LEVEL`. low and high are
     null for one value, so no bar is drawn. keep: whether the values stay, each with the numbers of
@@ -180,11 +178,11 @@ def with_intervals(
     t = f"(datum.n <= 31 ? [{listed}][datum.n - 2] : {later})"
     half = f"{t} * datum.sd / sqrt(datum.n)"
     numbers = {"mean": f"mean({value})", "sd": f"stdev({value})", "n": f"valid({value})"}
-    summarised = chart.transform_joinaggregate if keep else chart.transform_aggregate
+    summarised = chart.join_aggregate if keep else chart.aggregate
     return (
         summarised(**numbers, groupby=list(groupby))
-        .transform_filter("datum.n > 0")
-        .transform_calculate(
+        .filter("datum.n > 0")
+        .calculate(
             low=f"datum.n > 1 ? datum.mean - {half} : null",
             high=f"datum.n > 1 ? datum.mean + {half} : null",
         )
@@ -192,11 +190,11 @@ def with_intervals(
 
 
 def facets(
-    chart: alt.Chart | alt.LayerChart,
+    chart: vega.Chart,
     field: str,
     values: Sequence,
     columns: int = 3,
-) -> alt.FacetChart:
+) -> vega.Chart:
     """A panel for every value, row by row. A page with less room shows fewer in a row.
 
     Args:
@@ -206,14 +204,14 @@ def facets(
       columns: how many panels a row has at most.
     """
     columns = min(columns, len(values))
-    by = alt.Facet(f"{field}:N", sort=list(values), header=alt.Header(title=None))
+    by = vega.column(f"{field}:N", sort=list(values), header=dict(title=None))
     width = (WIDTH - AXIS - SPACING * (columns - 1)) // columns
     return chart.properties(width=width).facet(by, columns=columns)
 
 
 def lines_of(
     field: str, values: Sequence, marks: str, title: str | None = None
-) -> dict[str, alt.SchemaBase]:
+) -> dict[str, dict[str, Any]]:
     """The encodings by which marks of different values differ: colour, and the shape of points or
     the dash of lines. Points and lines of one chart share a legend.
 
@@ -223,22 +221,22 @@ def lines_of(
       marks: "point", "line" or "rule".
       title: of the legend; None for no title.
     """
-    kept = {"title": title, "scale": alt.Scale(domain=list(values))}
-    encodings = {"color": alt.Color(f"{field}:N", **kept)}
+    kept = {"title": title, "scale": dict(domain=list(values))}
+    encodings = {"color": vega.column(f"{field}:N", **kept)}
     if marks == "point":
-        encodings["shape"] = alt.Shape(f"{field}:N", **kept)
+        encodings["shape"] = vega.column(f"{field}:N", **kept)
     if marks == "line":
         # With the same domain, it would take the colours' legend away with its own.
         domain = [*values, ""]
-        strokes = alt.Scale(domain=domain, range=[list(stroke) for stroke in STROKES])
-        encodings["strokeDash"] = alt.StrokeDash(f"{field}:N", scale=strokes, legend=None)
+        strokes = dict(domain=domain, range=[list(stroke) for stroke in STROKES])
+        encodings["strokeDash"] = vega.column(f"{field}:N", scale=strokes, legend=None)
     return encodings
 
 
 def position(column: pd.Series, name: str) -> dict[str, Any]:
-    """Arguments of `alt.X` or `alt.Y` for an axis of a sweep: its type, title, scale and ticks.
-    Positive numbers have a logarithmic scale with a tick at every value, or where there are many,
-    at some; all else is in the order of `distinct`, as words.
+    """Options of an encoding for an axis of a sweep: its type, title, scale and ticks. Positive
+    numbers have a logarithmic scale with a tick at every value, or where there are many, at some;
+    all else is in the order of `distinct`, as words.
 
     name: the column's in the chart.
     """
@@ -246,15 +244,15 @@ def position(column: pd.Series, name: str) -> dict[str, Any]:
     title = label(name)
     if not _are_positive(values):
         words = [runs.in_words(value, name) for value in values]
-        return {"type": "nominal", "title": title, "sort": words, "axis": alt.Axis(labelAngle=0)}
+        return {"type": "nominal", "title": title, "sort": words, "axis": dict(labelAngle=0)}
     values = sorted(float(value) for value in values)
     domain = [values[0] / 1.25, values[-1] * 1.25]
     base = 2 if all(math.log2(value).is_integer() for value in values) else 10
     return {
         "type": "quantitative",
         "title": title,
-        "scale": alt.Scale(type="log", base=base, domain=domain, nice=False),
-        "axis": alt.Axis(values=values, labelOverlap="greedy", format="~g"),
+        "scale": dict(type="log", base=base, domain=domain, nice=False),
+        "axis": dict(values=values, labelOverlap="greedy", format="~g"),
     }
 
 
@@ -263,7 +261,7 @@ def _are_positive(values: Iterable) -> bool:
     return all(isinstance(v, (int, float, np.number)) and v > 0 for v in values)
 
 
-def tooltips(columns: Mapping[str, str | tuple[str, str]]) -> list[alt.Tooltip]:
+def tooltips(columns: Mapping[str, str | tuple[str, str]]) -> list[dict[str, Any]]:
     """What a mark says when the pointer is on it.
 
     columns: titles by column, or (title, format) for a number, as d3-format has them.
@@ -271,9 +269,9 @@ def tooltips(columns: Mapping[str, str | tuple[str, str]]) -> list[alt.Tooltip]:
     shown = []
     for column, title in columns.items():
         if isinstance(title, tuple):
-            shown.append(alt.Tooltip(f"{column}:Q", title=title[0], format=title[1]))
+            shown.append(vega.column(f"{column}:Q", title=title[0], format=title[1]))
         else:
-            shown.append(alt.Tooltip(f"{column}:N", title=title))
+            shown.append(vega.column(f"{column}:N", title=title))
     return shown
 
 
