@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-LARGE = 256  # rows and columns; from here on, a few eigenvectors are cheaper than all
+LARGE = 256  # rows and columns; from here on, Lanczos is cheaper than a decomposition
+FEW = 96  # the same of a few eigenvectors, computed alone, and of all
 SQUARED = 1e-3  # times sigma_1: smaller values are inaccurate if computed from their squares
 BLOCK = 1024  # rows of which a copy stays in a core's cache
 ROUNDED = 1e-6  # times sigma_1: an error below it is below the rounding of float32 factors
@@ -209,7 +210,7 @@ def _leading_eigenvectors(gram: np.ndarray, k: int) -> np.ndarray:
     """(..., n, n) -> (..., n, k), by descending eigenvalue; computes no others of a large
     matrix."""
     n = gram.shape[-1]
-    if n < LARGE or 8 * k > n:
+    if n < FEW or 8 * k > n:
         return np.linalg.eigh(gram)[1][..., ::-1][..., :k]
     from scipy.linalg import eigh
 

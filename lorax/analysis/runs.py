@@ -354,10 +354,13 @@ def axes(run: Run, table: pd.DataFrame) -> Axes:
     if table["method"].nunique() > 1:
         order.insert(0, "method")
     chosen: list[str] = []
+    group, groups = np.zeros(len(table), int), 1  # of each member, those that `chosen` tells apart
     for name in dict.fromkeys(name for name in order if name not in tuned):
-        groups = len(table[chosen].drop_duplicates()) if chosen else 1
-        if len(table[[*chosen, name]].drop_duplicates()) > groups:
+        value = 1 + pd.factorize(table[name])[0]  # 0 for a missing one
+        finer = np.unique(group * (1 + value.max(initial=0)) + value, return_inverse=True)[1]
+        if finer.max(initial=0) + 1 > groups:
             chosen.append(name)
+            group, groups = finer, finer.max() + 1
     return Axes(chosen[0] if chosen else None, tuple(chosen[1:]), tuned)
 
 

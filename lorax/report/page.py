@@ -6,6 +6,7 @@ its charts and what draws them in it; only the links below a figure lead to file
 `lorax.report.images` adds figures/NAME.png and NAME.pdf.
 """
 
+import csv
 import html
 import io
 import itertools
@@ -112,7 +113,7 @@ def _draw(
     images: dict[str, dict | Exception] = {}
     pictures = [(part.title, *picture) for part in sections for picture in part.pictures.items()]
     for heading, name, picture in progress(pictures, "drawing", len(pictures)):
-        files[f"{rundir.FIGURES}/{name}.csv"] = csv(picture.numbers)
+        files[f"{rundir.FIGURES}/{name}.csv"] = as_csv(picture.numbers)
         try:
             images[name] = picture.figure.to_dict()
         except Exception as error:  # draw the other figures
@@ -232,15 +233,32 @@ def _data(value: pd.DataFrame | dict[str, np.ndarray] | bytes) -> bytes:
     if isinstance(value, bytes):
         return value
     if isinstance(value, pd.DataFrame):
-        return csv(value)
+        return as_csv(value)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **value)
     return buffer.getvalue()
 
 
-def csv(table: pd.DataFrame) -> bytes:
+def as_csv(table: pd.DataFrame) -> bytes:
     """The table as CSV, without its index."""
-    return table.to_csv(index=False).encode()
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(table.columns)
+    columns = [_plain_values(column) for _, column in table.items()]
+    writer.writerows(zip(*columns, strict=True))
+    return text.getvalue().encode()
+
+
+def _plain_values(column: pd.Series) -> list:
+    """Python's own values, None for missing ones."""
+    values = column.tolist()
+    if column.dtype.kind == "O":
+        values = [x.item() if isinstance(x, np.generic) else x for x in values]
+    return (
+        [None if gone else x for gone, x in zip(column.isna(), values, strict=True)]
+        if column.hasnans
+        else values
+    )
 
 
 def put_together(

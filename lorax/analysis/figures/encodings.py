@@ -16,7 +16,6 @@ from lorax.analysis.figures.panels import side_by_side
 # From low to high: as light as lines have to be on white and on black ground.
 RAMP = ((76, 91, 212), (154, 75, 200), (209, 71, 127), (224, 122, 47))
 HEIGHT = 150  # pixels of a panel
-DODGE = 0.014  # between colours at one value, as a share of the axis
 
 
 def field(name: str) -> str:
@@ -126,15 +125,6 @@ def colours(name: str | None, values: Iterable, marks: str) -> dict[str, Any]:
     if has_order(values):
         encodings["color"]["scale"] = dict(domain=domain, range=ramp(len(domain)))
     return encodings
-
-
-def dodged(data: pd.DataFrame, name: str, colour: str) -> pd.DataFrame:
-    """The data with a column `at`, the place of a mark on a logarithmic axis: the values of `name`,
-    of which each colour is a little to the side, so that intervals don't cover each other."""
-    values, names = data[field(name)], distinct(data[field(colour)])
-    share = DODGE * np.log(values.max() / values.min())
-    side = data[field(colour)].map(names.index) - (len(names) - 1) / 2
-    return data.assign(at=values * np.exp(side * share))
 
 
 def ramp(count: int) -> list[str]:

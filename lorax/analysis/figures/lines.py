@@ -227,7 +227,7 @@ def kept_rank(table: pd.DataFrame, main: str = "rank", unit: str = "nats") -> ve
 def _means(table: pd.DataFrame, main: str, x: dict[str, Any], value: str, title: str) -> vega.Chart:
     """Means over members of the column `value` against x, one line per value of `main`."""
     table, order = in_words(table, main)
-    column = x.to_dict()["field"]
+    column = x["field"]
     data = table[["member", column, "line"]].assign(**{value: digits(table[value], 5)})
     means = with_intervals(vega.Chart(data), value, ["line", column]).encode(
         x=x,

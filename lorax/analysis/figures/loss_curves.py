@@ -9,7 +9,6 @@ from lorax.analysis import runs
 from lorax.analysis.figures import style, vega
 from lorax.analysis.figures.encodings import (
     colours,
-    dodged,
     field,
     in_order,
     in_panels,
@@ -74,9 +73,6 @@ def rank_curve(
         order = in_order(layout.colour, points[layout.colour])
         kind = "quantitative" if is_numeric(order) else "nominal"
         encode["yOffset"] = vega.column(field(layout.colour), type=kind, sort=order)
-    elif layout.colour and encode["x"]["type"] == "quantitative":
-        data = dodged(data, layout.x, layout.colour)
-        encode["x"]["field"] = "at"
     marks = means(points, layout.names, encode, layout.colour, axis, across)
     lines = line_names(others, points, layout.x)
     chart = vega.layer(*marks, *references(others, lines, table, axis))

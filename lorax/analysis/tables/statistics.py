@@ -181,7 +181,8 @@ def statistics(
     check(functions)
     rows: dict[str, dict] = {function.__name__: {} for function in functions}
     missing: dict[str, dict] = {name: {} for name in rows}
-    for update in each(updates, kernels, no_kernels):  # each is freed before the next
+    # Each update is freed before the next.
+    for update in each(updates, kernels, no_kernels) if functions else ():
         key = update.member, update.path
         for function in functions:
             name, values = function.__name__, {}
