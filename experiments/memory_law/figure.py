@@ -58,7 +58,7 @@ def held_out(law, rivals, best: pd.DataFrame) -> None:
     more = {name: over_draws(r2["the law"] - r2[name]) for name in others}
     intervals(rivals, [Row(name, better, margins=(MARGIN,)) for name, better in more.items()])
     rivals.set_xscale("symlog", linthresh=MARGIN)
-    rivals.xaxis.set_major_locator(FixedLocator((-10, -1, -0.1, 0, 0.1, 1, 10)))
+    rivals.xaxis.set_major_locator(FixedLocator((-10, -0.1, 0, 0.1, 10)))
     rivals.xaxis.set_major_formatter("{x:g}")
     rivals.set_xlabel("R² of the law\nless the rival's")
 

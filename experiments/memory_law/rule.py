@@ -8,6 +8,7 @@ from scipy import optimize
 
 from experiments import sweeps
 from experiments.verdicts import (
+    WITHDRAWN,
     Verdict,
     by_interval,
     commands,
@@ -28,7 +29,8 @@ RULE = (
     "cells, and R^2 is that of the others, over 200 draws of the third. It holds if the 95% range "
     "of its R^2 lies above 0.95, not if below; it beats a rival if the range of the difference of "
     "R^2 lies above 0.02, not if below. Rivals: C r^a l^-b without c; a log r + b log l + c; a "
-    "capacity of C r that fills the strings up, min(L, C r / l)."
+    "capacity of C r that fills the strings up, min(L, C r / l). A best rate at the edge of its "
+    "grid withdraws the numbers."
 )
 STUDY = "memory_law"
 COMMANDS = commands(STUDY, "gpt2-nano", "stories-llama-260k")
@@ -59,8 +61,13 @@ def collect(runs: dict[str, list[Path]], folder: Path) -> None:
 def verdicts(folder: Path) -> list[Verdict]:
     found = []
     for base, table in numbers(folder, "reductions.csv").groupby("base", sort=False):
-        best = tuned(table, ["rank", "length"]).members
-        best = best.assign(reduction=best["base_loss"] - best["final_loss"])
+        of = tuned(table, ["rank", "length"])
+        if of.doubts:
+            cells = of.members.groupby(["rank", "length"]).ngroups
+            why = f"{len(of.doubts)} of {cells} best rates at the edge of the grid"
+            found += [Verdict(part, base, WITHDRAWN, why) for part in PARTS]
+            continue
+        best = of.members.assign(reduction=of.members["base_loss"] - of.members["final_loss"])
         cells = best.groupby(["rank", "length"])["reduction"].mean().reset_index()
         held_out = scores(cells)
         holds = over_draws(held_out["the law"])
