@@ -92,7 +92,7 @@ class LowRank(Leaf):
         plain = isinstance(self.w, jax.Array) and self.dropout is None and x.dtype == jnp.float32
         if self.merge and plain and worthwhile:
             return merged_linear(x, self.w.astype(x.dtype), a, b, s)
-        return linear(x, self.w) + s * ((dropout(x, self.dropout) @ a) @ b)
+        return linear(x, self.w) + s * out_of_rank(dropout(x, self.dropout) @ a, b)
 
     def ragged(self, x, sizes):
         a, b, s = (t.astype(x.dtype) for t in (self.a, self.b, self.s))
@@ -108,7 +108,7 @@ class LowRank(Leaf):
 
     def attend(self, x):
         a, b = self.a.astype(x.dtype), self.b.astype(x.dtype)
-        return attend(x, self.w) + self.s.astype(x.dtype) * ((x @ b.T) @ a.T)
+        return attend(x, self.w) + self.s.astype(x.dtype) * out_of_rank(x @ b.T, a.T)
 
     def convolve(self, module, x):
         """conv(x, w) + s conv(x, a) b: a as a kernel with r output channels, b as a 1 x 1 one."""
@@ -116,7 +116,7 @@ class LowRank(Leaf):
         down = module.clone(features=self.a.shape[-1])
         a = self.a.astype(y.dtype).reshape(*frozen(self).shape[:-1], -1)
         z = down.apply({"params": {"kernel": a}}, dropout(x, self.dropout))
-        return y + self.s.astype(y.dtype) * (z @ self.b.astype(y.dtype))
+        return y + self.s.astype(y.dtype) * out_of_rank(z, self.b.astype(y.dtype))
 
     def dense(self, w, site):
         a, b, s = (t.astype(w.dtype) for t in (self.a, self.b, self.s))
@@ -574,6 +574,27 @@ def _over_last(y, g):
 def _batched(x, m):
     """x[i] @ m[i]: (B, ..., in), (B, in, out) -> (B, ..., out)."""
     return jnp.einsum("b...i,bio->b...o", x, m)
+
+
+@jax.custom_vjp
+def out_of_rank(z, b):
+    """z @ b for a narrow z: (..., r), (r, out) -> (..., out).
+
+    Its own derivative computes (dy^T z)^T for db: on a CPU, dy (..., out) is then written a second
+    time, transposed, together with all elementwise operations that it comes from, read against the
+    order of memory. z^T dy transposes z alone.
+    """
+    return z @ b
+
+
+def _out_of_rank_backward(saved, dy):
+    z, b = saved
+    rows = tuple(range(z.ndim - 1))
+    return dy @ b.T, jax.lax.dot_general(z, dy, ((rows, rows), ((), ())))
+
+
+# Not through `out_of_rank`: remat policies that save products would not see the one inside.
+out_of_rank.defvjp(lambda z, b: (z @ b, (z, b)), _out_of_rank_backward)
 
 
 @jax.custom_vjp

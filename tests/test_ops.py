@@ -328,6 +328,32 @@ def low_rank():
     return normal(1, 3, 40, 6), leaves.LowRank(w, a, b, jnp.float32(0.7))
 
 
+def test_the_product_out_of_a_rank_and_its_derivatives_are_those_of_a_product():
+    """Of members side by side, with matrices of their own: value, gradients, and the derivative of
+    the gradients, which curvature takes."""
+    z, b, dy = normal(1, 4, 3, 5, 2), normal(2, 4, 2, 6), normal(3, 4, 3, 5, 6)
+
+    @functools.partial(jit, static_argnums=0)
+    def run(product, z, b):
+        def of_member(z, b, dy):
+            loss = lambda z, b: jnp.sum(dy * jnp.sin(product(z, b)))
+            return product(z, b), *jax.jvp(jax.grad(loss, (0, 1)), (z, b), (jnp.cos(z), jnp.cos(b)))
+
+        return jax.tree.leaves(jax.vmap(of_member)(z, b, dy))
+
+    for ours, plain in zip(run(leaves.out_of_rank, z, b), run(jnp.matmul, z, b), strict=True):
+        assert ours.dtype == plain.dtype
+        np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_of_b_transposes_nothing_of_the_outputs_width():
+    x, leaf = normal(1, 3, 40, 6), low_rank()[1]
+    loss = lambda b: jnp.sum(jnp.tanh(ops.linear(x, dataclasses.replace(leaf, b=b))))
+    text = jax.jit(jax.grad(loss)).lower(leaf.b).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert any("tensor<3x40x2xf32>, tensor<3x40x5xf32>) -> tensor<2x5xf32>" in x for x in products)
+
+
 def test_merged_linear_has_the_value_and_the_five_gradients_of_the_factored_form():
     x, leaf = low_rank()
     dy = normal(5, 3, 40, 5)

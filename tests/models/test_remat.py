@@ -111,6 +111,7 @@ KERNEL = jnp.asarray(np.random.default_rng(0).normal(size=(64, 32)), jnp.float32
 PRODUCTS = {
     "nf4": (ops.linear, quant.quantise(KERNEL, "nf4", double=True)),
     "half": (ops.linear, leaves.BFloat16Weight.of(KERNEL)),
+    "out of a rank": (leaves.out_of_rank, KERNEL),
     "merged": (lambda x, w: leaves.merged_linear(x, w, a, b, jnp.float32(2)), KERNEL),
 }
 
