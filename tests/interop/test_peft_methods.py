@@ -6,6 +6,7 @@ PEFT itself has no LoHa and no LoKr of GPT-2's Conv1D, so those two have LLaMA a
 import copy
 import functools
 import json
+import resource
 import types
 
 import decoders
@@ -14,6 +15,7 @@ import numpy as np
 import parity
 import pytest
 import safetensors.numpy
+from mutated import survives
 from peft_files import as_running
 from quick import jit
 from support import few, require
@@ -508,6 +510,21 @@ def test_a_damaged_file_is_named(name, stored, tmp_path):
         (tmp_path / file).unlink()
         with pytest.raises(FileNotFoundError, match=file):
             peft_methods.load(tmp_path, base)
+
+
+@pytest.mark.filterwarnings("ignore:.*no fields of")
+@pytest.mark.parametrize("name", EACH)
+def test_many_damaged_files_are_refused_in_bounded_memory(name, stored, tmp_path):
+    base, files = stored(name)
+    for file, content in files.items():
+        (tmp_path / file).write_bytes(content)
+    read = lambda: peft_methods.load(tmp_path, base)
+    read()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for file in files:
+        survives(tmp_path / file, read, 120, name=str(tmp_path))
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB
+    assert grown < 2**19
 
 
 @pytest.mark.parametrize("name", EACH)

@@ -163,4 +163,4 @@ def _makes(name: str, one: _Sides, r: int, both: bool, factor: int) -> bool:
 
 def _kernels(name: str) -> tuple[int, ...]:
     """Numbers of a kernel that a module may have, which a product of two sides does not say."""
-    return (9, 1, 3, 25, 49) if re.search(r"(^|\.)(conv|op\b)", name) else (1,)
+    return (9, 1, 3, 25, 49) if re.search(r"(^|\.)(conv(?!_shortcut)|op\b)", name) else (1,)

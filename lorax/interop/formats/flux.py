@@ -131,32 +131,42 @@ def apart(found: Found, refused: Refused) -> Found:
 
     Raises ValueError for modules of another size, and for kinds that can't be taken apart.
     """
+    named = [(update, parts(update.layer)) for update in found.updates]
+    _check_inputs([(names[0], update) for update, names in named if names], refused)
     made: list[Update] = []
-    for update in found.updates:
-        names = parts(update.layer)
-        if not names:
-            made.append(update)
-            continue
-        _check_size(update, len(names) > 1, refused)
+    for update, names in named:
+        if len(names) > 1 or names and names[0].endswith(_SWAPPED):
+            _check_kind(update, refused)
         if len(names) > 1:
             made += _split(update, names, refused)
-        elif names[0].endswith(_SWAPPED):
+        elif names and names[0].endswith(_SWAPPED):
             made.append(_rows(update, names[0], _swap(update.shape[1])))
         else:
-            made.append(update._replace(layer=names[0]))
+            made.append(update._replace(layer=names[0]) if names else update)
     return found._replace(updates=tuple(made))
 
 
-def _check_size(update: Update, in_block: bool, refused: Refused) -> None:
-    if in_block and update.shape[0] != HIDDEN:
+def _check_inputs(named: Sequence[tuple[str, Update]], refused: Refused) -> None:
+    """Raises ValueError unless there are modules in blocks, of Flux.1's size. named: diffusers'
+    names of modules, or of the first part of each."""
+    blocks = [(name, update) for name, update in named if "transformer_blocks." in name]
+    if named and not blocks:
+        raise refused("no module in its blocks: Flux's or another model's is not known")
+    times = {"ff.net.2": 4, "ff_context.net.2": 4, "proj_out": 5}
+    for name, update in blocks:
+        inputs = HIDDEN * next((n for end, n in times.items() if name.endswith(f".{end}")), 1)
+        if update.shape[0] != inputs:
+            raise refused(
+                f"{update.layer} has {update.shape[0]} inputs, in Flux.1 {inputs}; names of other "
+                "transformers are not known"
+            )
+
+
+def _check_kind(update: Update, refused: Refused) -> None:
+    if update.kind not in _KINDS:
         raise refused(
-            f"{update.layer} has {update.shape[0]} inputs, Flux.1 has {HIDDEN}; names of other "
-            "models are not known"
-        )
-    if (in_block or parts(update.layer)[0].endswith(_SWAPPED)) and update.kind not in _KINDS:
-        raise refused(
-            f"{update.layer} is {update.kind} of a fused module; of those {', '.join(_KINDS)} can "
-            "be taken apart"
+            f"{update.layer} is {update.kind} of a fused module, or of a part; only "
+            f"{', '.join(_KINDS)} can be taken apart or joined"
         )
 
 
@@ -218,6 +228,8 @@ def joined(found: Found, refused: Refused) -> Found:
     Raises ValueError for modules of another size, for parts with different scales, and for kinds
     that can't be joined.
     """
+    if found.format == "XLabs":  # whose fused modules are smaller ones than kohya's
+        found = apart(found, refused)
     groups: dict[str, dict[int, Update]] = {}
     of: dict[str, tuple[str, ...]] = {}
     made: list[Update] = []
@@ -231,7 +243,9 @@ def joined(found: Found, refused: Refused) -> Found:
             raise refused(f"{update.layer} occurs twice")
         groups[part.kohya][part.i] = update
         of[part.kohya] = part.of
-    _check_blocks(groups, refused)
+    _check_inputs(
+        [(one.layer, one) for group in groups.values() for one in group.values()], refused
+    )
     for name, group in groups.items():
         if len(of[name]) > 1:
             made.append(_fused(name, group, len(of[name]), refused))
@@ -242,31 +256,6 @@ def joined(found: Found, refused: Refused) -> Found:
         else:
             made.append(group[0]._replace(layer=name))
     return found._replace(updates=tuple(made))
-
-
-def _check_kind(update: Update, refused: Refused) -> None:
-    if update.kind not in _KINDS:
-        raise refused(
-            f"{update.layer} is {update.kind} of a part of a fused module; {', '.join(_KINDS)} "
-            "can be joined"
-        )
-
-
-def _check_blocks(groups: Mapping[str, Mapping[int, Update]], refused: Refused) -> None:
-    """Raises ValueError unless there is a block, of Flux.1's size: other transformers have modules
-    of the same names."""
-    blocks = {name: group for name, group in groups.items() if "_blocks_" in name}
-    if groups and not blocks:
-        raise refused("no module in its blocks: Flux's or another model's is not known")
-    for name, group in blocks.items():
-        times = {"mlp_2": 4, "linear2": 5}
-        inputs = HIDDEN * next((n for end, n in times.items() if name.endswith(end)), 1)
-        for update in group.values():
-            if update.shape[0] != inputs:
-                raise refused(
-                    f"{update.layer} has {update.shape[0]} inputs, in Flux.1 {inputs}; kohya's "
-                    "names of other transformers are not known"
-                )
 
 
 def _fused(name: str, group: Mapping[int, Update], count: int, refused: Refused) -> Update:

@@ -174,8 +174,8 @@ def write(out: Path, found: Found, base: Mapping[str, Any] | None = None) -> Pat
 
 def _name(layer: str) -> str | None:
     """kohya's name of a module of Flux's, otherwise diffusers' name, None if it is not known."""
-    own = layer if flux.parts(layer) else None
-    return flux.kohya(layer) or own or image_names.diffusers(layer)
+    joined = layer if layer.startswith("lora_unet_") else None
+    return flux.kohya(layer) or joined or image_names.diffusers(layer)
 
 
 def _words(update: Update) -> dict[str, np.ndarray]:

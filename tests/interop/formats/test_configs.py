@@ -11,7 +11,8 @@ from support import require
 from lorax.interop import formats
 from lorax.interop.formats import dotted, kohya, peft
 
-LINEAR, CONV = "mid_block.attentions.0.proj_in", "mid_block.resnets.0.conv1"
+LAYERS = "mid_block.attentions.0.proj_in", "mid_block.resnets.0.conv1"
+LAYERS += ("mid_block.resnets.0.conv_shortcut",)
 PAIRS = {"loha": "LohaModule", "lokr": "LokrModule"}
 #: {case: (algorithm, arguments of LyCORIS's modules, fields of PEFT's config)}
 CASES = {
@@ -30,25 +31,26 @@ CASES = {
 
 
 def model():
-    """A layer and a convolution with diffusers' names."""
+    """A layer and convolutions with diffusers' names."""
     import torch
 
     around = lambda **parts: torch.nn.ModuleDict(parts)
     linear = around(proj_in=torch.nn.Linear(24, 48, bias=False))
-    conv = around(conv1=torch.nn.Conv2d(24, 48, 3, bias=False))
+    sizes = {"conv1": 3, "conv_shortcut": 1}
+    conv = around(**{name: torch.nn.Conv2d(24, 48, k, bias=False) for name, k in sizes.items()})
     block = around(attentions=torch.nn.ModuleList([linear]), resnets=torch.nn.ModuleList([conv]))
     return around(mid_block=block)
 
 
 def of_lycoris(tmp_path, algorithm, arguments):
-    """(the library's file of both layers, {module: the library's dW})."""
+    """(the library's file of all layers, {module: the library's dW})."""
     require("lycoris.modules")
     import torch
 
     torch.manual_seed(0)
     kind = getattr(importlib.import_module(f"lycoris.modules.{algorithm}"), PAIRS[algorithm])
     tensors, changes, base = {}, {}, model()
-    for i, name in enumerate((LINEAR, CONV)):
+    for i, name in enumerate(LAYERS):
         flat = f"lora_unet_{name.replace('.', '_')}"
         module = kind(flat, base.get_submodule(name), lora_dim=2, alpha=3.0 + i, **arguments)
         with torch.no_grad():

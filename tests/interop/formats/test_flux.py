@@ -136,6 +136,12 @@ def test_comfyui_and_xlabs(tmp_path):
         assert stored.keys() == theirs.keys()
         for key, x in stored.items():
             np.testing.assert_array_equal(x, theirs[key].numpy())
+        back = kohya.write(tmp_path / f"{module}.safetensors", formats.read(file, as_stored=True))
+        (one,) = formats.read(back, as_stored=True).updates
+        want = "single_blocks_3_linear1" if "single" in module else "double_blocks_3_txt_attn_qkv"
+        assert one.layer == f"lora_unet_{want}" and one.rank == 2
+        np.testing.assert_array_equal(one.read().b[:, : 3 * H], words["up"].T)
+        assert not one.read().b[:, 3 * H :].any()
 
 
 def test_parts_that_lack_are_zero_and_dora_is_joined(tmp_path):
@@ -166,7 +172,9 @@ WIDE = {"double_blocks_0_img_attn_qkv": (H, 3 * H)}
 @pytest.mark.parametrize(
     "sizes, change, why",
     [
-        ({"double_blocks_0_img_attn_qkv": (64, 192)}, {}, "64 inputs, Flux.1 has 3072"),
+        ({"double_blocks_0_img_attn_qkv": (64, 192)}, {}, "64 inputs, in Flux.1 3072"),
+        ({"double_blocks_0_img_mlp_2": (6 * H, 2 * H)}, {}, "18432 inputs, in Flux.1 12288"),
+        ({"final_layer_linear": (H, 64)}, {}, "no module in its blocks"),
         ({"single_blocks_0_linear1": (H, 9 * H)}, {}, "27648 outputs, Flux.1 has 21504"),
         (WIDE, {"lora_unet_double_blocks_1_img_attn_qkv.diff": draw(3 * H, H)[:, :H]},
          "is full of a fused module"),
