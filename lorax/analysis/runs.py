@@ -222,23 +222,19 @@ def summary(run: Run) -> pd.DataFrame:
     seeds, `seed` tells the members of a setting apart (`repeats`); lists (targets) become text like
     "q v".
     """
-    metrics = run.metrics.sort_values("step", kind="stable")
-    evals, tests = (metrics[metrics["split"] == split] for split in ("eval", "test"))
-    also = {
-        split: rows for split, rows in metrics.groupby("split") if split.startswith(rundir.ALSO)
-    }
+    measured = _curves(run.metrics)
+    also = {split: of for split, of in measured.items() if split.startswith(rundir.ALSO)}
+    of_split = lambda split, member: measured.get(split, {}).get(member, [])
     rows = []
     for member in run.members.index:
-        of_member = evals[evals["member"] == member]
-        after = of_member[of_member["step"] > 0]
+        evals, tests = (of_split(split, member) for split in ("eval", "test"))
+        after = [point for point in evals if point.step > 0]
         status = run.status.get("members", {}).get(str(member), {})
         state = status.get("status", "running")
-        if len(after) and state == "finished" and not np.isfinite(after["loss"].iloc[-1]):
+        if after and state == "finished" and not np.isfinite(after[-1].loss):
             state = "diverged"
-        base = of_member.loc[of_member["step"] == 0, "loss"]
         usable = state not in WITHOUT_RESULT and len(after) > 0
-        final = _exported(of_member, after, status)
-        tested = tests.loc[tests["member"] == member].set_index("step")["loss"]
+        final = _exported(evals, after, status)
         rows.append(
             {
                 "status": state,
@@ -246,18 +242,18 @@ def summary(run: Run) -> pd.DataFrame:
                 "stopped_at": status.get("stopped_at"),
                 "seconds": status.get("seconds"),
                 "step_ms": status.get("step_ms"),
-                "base_loss": base.iloc[0] if len(base) else np.nan,
-                "final_step": int(final["step"]) if len(after) else 0,
-                "final_loss": final["loss"] if usable else np.nan,
-                "best_loss": after["loss"].min() if len(after) else np.nan,
+                "base_loss": _loss(evals, 0),
+                "final_step": final.step if after else 0,
+                "final_loss": final.loss if usable else np.nan,
+                "best_loss": min((p.loss for p in after if p.loss == p.loss), default=np.nan),
                 **_sharpness(status),
                 **status.get("scores", {}),
-                "base_test_loss": tested.get(0, np.nan),
-                "test_loss": tested.iloc[-1] if usable and len(tested) > 1 else np.nan,
+                "base_test_loss": _loss(tests, 0),
+                "test_loss": tests[-1].loss if usable and len(tests) > 1 else np.nan,
                 **{f"test_{name}": np.nan for name in status.get("scores", {})},
                 **{f"test_{name}": x for name, x in status.get("test_scores", {}).items()},
-                **({"final_kl": final["kl"] if usable else np.nan} if "kl" in evals else {}),
-                **_forgotten(also, member, int(final["step"]) if usable else None),
+                **({"final_kl": final.kl if usable else np.nan} if "kl" in run.metrics else {}),
+                **_forgotten(also, member, final.step if usable else None),
             }
         )
     # What was planted in a task (`calibration`) does not distinguish members.
@@ -271,14 +267,38 @@ def summary(run: Run) -> pd.DataFrame:
     return table.join(pd.DataFrame(rows, index=run.members.index))
 
 
-def _forgotten(also: dict[str, pd.DataFrame], member: int, step: int | None) -> dict[str, float]:
+class _Point(NamedTuple):
+    """A measurement: step, loss and kl, NaN without one."""
+
+    step: int
+    loss: float
+    kl: float
+
+
+def _curves(metrics: pd.DataFrame) -> dict[str, dict[int, list[_Point]]]:
+    """{split: {member: its measurements in the order of their steps}}, without training."""
+    metrics = metrics[metrics["split"] != "train"].sort_values("step", kind="stable")
+    kl = metrics["kl"] if "kl" in metrics else pd.Series(np.nan, metrics.index)
+    found: dict[str, dict[int, list[_Point]]] = {}
+    columns = (metrics[name].tolist() for name in ("split", "member", "step", "loss"))
+    for split, member, *point in zip(*columns, kl.tolist(), strict=True):
+        found.setdefault(split, {}).setdefault(member, []).append(_Point(*point))
+    return found
+
+
+def _loss(points: list[_Point], step: int | None) -> float:
+    """The loss at a step, NaN without one."""
+    return next((point.loss for point in points if point.step == step), np.nan)
+
+
+def _forgotten(also: dict[str, dict], member: int, step: int | None) -> dict[str, float]:
     """final_also_NAME and forgetting_NAME of a member at its final step, NaN without one."""
     found = {}
-    for split, rows in also.items():
-        losses = rows.loc[rows["member"] == member].set_index("step")["loss"]
-        name, after = split.removeprefix(rundir.ALSO), losses.get(step, np.nan)
+    for split, of_member in sorted(also.items()):
+        points = of_member.get(member, [])
+        name, after = split.removeprefix(rundir.ALSO), _loss(points, step)
         found[f"final_also_{name}"] = after
-        found[f"forgetting_{name}"] = after - losses.get(0, np.nan)
+        found[f"forgetting_{name}"] = after - _loss(points, 0)
     return found
 
 
@@ -309,11 +329,11 @@ def repeats(members: pd.DataFrame) -> pd.Series:
     return pd.Series([fields(row, differ) for _, row in members.iterrows()], members.index)
 
 
-def _exported(evals: pd.DataFrame, after: pd.DataFrame, status: dict) -> pd.Series | None:
+def _exported(evals: list[_Point], after: list[_Point], status: dict) -> _Point | None:
     """A member's evaluation at the step that was exported: the last, or what `eval.keep` chose.
     None before the first step."""
-    kept = evals[evals["step"] == status.get("kept_step", -1)]
-    return kept.iloc[-1] if len(kept) else after.iloc[-1] if len(after) else None
+    kept = [point for point in evals if point.step == status.get("kept_step", -1)]
+    return kept[-1] if kept else after[-1] if after else None
 
 
 def scores(run: Run) -> list[str]:

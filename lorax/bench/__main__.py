@@ -4,6 +4,7 @@
     python -m lorax.bench step mixed
     python -m lorax.bench load --rounds=3
     python -m lorax.bench sweep --shapes=nano --rounds=5 --json=sweep.json
+    python -m lorax.bench members --members=48,200,1000 --rounds=1
     python -m lorax.bench gpu --minutes=8 --json=gpu.json
 
 `gpu` is all that an accelerator can say in a few minutes (docs/speed.md): products in 4 bits,
@@ -17,6 +18,7 @@ each round, because a machine's speed drifts; compare only rows of the same run.
 """
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -24,7 +26,18 @@ import sys
 import jax
 from rich.table import Table
 
-from lorax.bench import attention, bases, decoding, four_bits, loading, mixed, svd, timing, training
+from lorax.bench import (
+    attention,
+    bases,
+    decoding,
+    four_bits,
+    loading,
+    members,
+    mixed,
+    svd,
+    timing,
+    training,
+)
 from lorax.bench.gpu import command as gpu
 from lorax.console import console
 from lorax.files import check_can_write, write_bytes
@@ -42,6 +55,7 @@ BENCHES = {
     "nf4": four_bits.bench_nf4,
     "svd": svd.bench_svd,
     "load": loading.bench_load,
+    "members": members.bench_members,
 }
 
 GPU = "gpu"  # measures in a process of its own, so that this one starts no device
@@ -56,6 +70,8 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("name", nargs="+", choices=[*BENCHES, GPU], help="what to measure")
     parser.add_argument("--shapes", help=f"of {', '.join(bases.SHAPES)} (default: all)")
+    usual = ",".join(map(str, members.MEMBERS))
+    parser.add_argument("--members", help=f"members: how many, multiples of 4 (default: {usual})")
     parser.add_argument("--rounds", type=int, help="rounds of each comparison (default: 7)")
     parser.add_argument("--json", help="file for the rows")
     parser.add_argument("--minutes", type=float, help="gpu: when to be done (default: 8)")
@@ -68,7 +84,7 @@ def main(arguments: list[str]) -> int:
         except ValueError as error:
             parser.error(str(error))
     if GPU in args.name:
-        others = ("--shapes", args.shapes), ("--rounds", args.rounds)
+        others = ("--shapes", args.shapes), ("--rounds", args.rounds), ("--members", args.members)
         if given := [word for word, value in others if value is not None]:
             parser.error(f"{given[0]}: not for {GPU}, whose shapes follow from the device")
         if args.name != [GPU]:
@@ -86,10 +102,12 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--rounds: {rounds} given, must be at least 1")
     if set(shapes) - set(bases.SHAPES):
         parser.error(f"--shapes: {args.shapes!r} given; there is {', '.join(bases.SHAPES)}")
+    counts = _counts(parser, args.members, "members" in args.name)
+    measured = BENCHES | {"members": functools.partial(members.bench_members, counts=counts)}
     layouts.split_cpu()
     # Otherwise torch's threads spin after each call and take cores from the side that runs next.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    rows = [row for name in args.name for row in BENCHES[name](shapes, rounds)]
+    rows = [row for name in args.name for row in measured[name](shapes, rounds)]
     table = Table(title=f"{timing.machine()}, jax {jax.__version__}", title_justify="left")
     for heading in ("", "time", "against", "its time", "ratio"):
         table.add_column(heading, justify="left" if heading in ("", "against") else "right")
@@ -101,6 +119,20 @@ def main(arguments: list[str]) -> int:
         text = json.dumps([row._asdict() for row in rows], indent=1) + "\n"
         write_bytes(args.json, text.encode())
     return 0
+
+
+def _counts(parser: argparse.ArgumentParser, given: str | None, used: bool) -> list[int]:
+    """Numbers of members from --members."""
+    if given is None:
+        return list(members.MEMBERS)
+    if not used:
+        parser.error("--members: only for members")
+    words = given.split(",")
+    counts = [int(word) for word in words if word.isdecimal()]
+    fine = len(counts) == len(words) > 1 and counts == sorted(set(counts))
+    if not fine or any(n == 0 or n % 4 for n in counts):
+        parser.error(f"--members: {given!r} given, must be ascending multiples of 4, as 48,200")
+    return counts
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Intervals of losses and of their differences, over seeds and rows, by the package's model."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -271,6 +272,7 @@ def _row_factor(cells: np.ndarray, losses: np.ndarray, weights: np.ndarray) -> n
     return vectors * np.sqrt(np.maximum(values, 0.0))
 
 
+@functools.lru_cache(4)  # several bootstraps of a field draw the same
 def _standard(draws: int, dimensions: int, seed: int) -> np.ndarray:
     """(draws, dimensions) normal numbers whose sample has mean 0 and covariance 1 exactly."""
     noise = np.random.default_rng(seed).standard_normal((draws, dimensions))

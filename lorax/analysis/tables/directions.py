@@ -1,7 +1,6 @@
 """Directions of updates, and how many of them two members share."""
 
 import itertools
-from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
@@ -88,21 +87,47 @@ def similarity(pairs: Sequence[tuple[Bases, Bases]]) -> dict[str, dict[str, np.n
     that all pairs have (dense updates have no A and B). If pairs differ in r, the smallest is used:
     phi(i, j) doesn't depend on the columns after i and j.
 
-    Raises ValueError that names the path if the two sides are in different spaces.
+    Raises ValueError that names the path if the bases are in different spaces.
     """
-    sums: dict[tuple[str, str], np.ndarray] = {}
-    counts: Counter = Counter()
-    for pair in pairs:  # one at a time, to save memory
-        for (path, kind, _), phi in _over_pairs([pair], overlap.basis_similarity).items():
-            so_far = sums.get((path, kind), phi * 0)
-            r1, r2 = np.minimum(so_far.shape, phi.shape)
-            sums[path, kind] = so_far[:r1, :r2] + phi[:r1, :r2]
-            counts[path, kind] += 1
+    firsts, seconds = ({id(pair[side]): pair[side] for pair in pairs} for side in (0, 1))
+    rows, columns = ({key: n for n, key in enumerate(of)} for of in (firsts, seconds))
+    counts = np.zeros((len(firsts), len(seconds)))
+    for u, v in pairs:
+        counts[rows[id(u)], columns[id(v)]] += 1
     means: dict[str, dict[str, np.ndarray]] = {}
-    for (path, kind), total in sums.items():
-        if counts[path, kind] == len(pairs):
-            means.setdefault(path, {})[kind] = total / len(pairs)
+    every = [*firsts.values(), *seconds.values()]
+    for path in every[0]:
+        for kind in KINDS:
+            if all(kind in of.get(path, ()) for of in every):
+                sides = ([of[path][kind] for of in side.values()] for side in (firsts, seconds))
+                means.setdefault(path, {})[kind] = _mean(f"{path}, {kind}", *sides, counts)
     return means
+
+
+def _mean(
+    name: str, firsts: Sequence[np.ndarray], seconds: Sequence[np.ndarray], counts: np.ndarray
+) -> np.ndarray:
+    """The mean of phi over pairs, which occur so often as counts (firsts, seconds) says. All pairs
+    of a first matrix are compared in one product."""
+    _same_space(name, *firsts, *seconds)
+    r1, r2 = (min(of.shape[1] for of in side) for side in (firsts, seconds))
+    seconds = np.stack([of[:, :r2] for of in seconds])
+    total = np.zeros((r1, r2))
+    for first, weights in zip(firsts, counts, strict=True):
+        some = np.flatnonzero(weights)
+        phi = overlap.basis_similarity(first[:, :r1], seconds[some])
+        total += np.tensordot(weights[some], phi, 1)
+    return total / counts.sum()
+
+
+def _same_space(name: str, *bases: np.ndarray) -> None:
+    """Raises ValueError if directions (n, r) are in spaces of different dimensions n."""
+    sizes = list(dict.fromkeys(map(len, bases)))
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{name}: directions in spaces of {sizes[0]} and {sizes[1]} dimensions; only models of "
+            "one width can be compared"
+        )
 
 
 def pairwise(
@@ -173,11 +198,7 @@ def _over_pairs(pairs, compare) -> dict[tuple[str, str, int], np.ndarray]:
             for n, (u, v) in enumerate(pairs):
                 if kind in u.get(path, ()) and kind in v.get(path, ()):
                     first, second = u[path][kind], v[path][kind]
-                    if len(first) != len(second):
-                        raise ValueError(
-                            f"{path}, {kind}: directions in spaces of {len(first)} and "
-                            f"{len(second)} dimensions; only models of one width can be compared"
-                        )
+                    _same_space(f"{path}, {kind}", first, second)
                     both[path, kind, n] = first, second
                     shapes[path, kind, n] = (*first.shape, second.shape[1])
     compared = {}
