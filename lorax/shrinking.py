@@ -229,10 +229,8 @@ def _loss_of(trained: "Trained", run: Path) -> Callable:
         raise ValueError(f"--loss: {run} sweeps {', '.join(moved)}: its members differ in rows")
     base, evaluation = trained.base, config["eval"]
     sizes = config["train"]["seq_len"], evaluation["examples"]
-    tupled = lambda value: tuple(value) if isinstance(value, list) else value  # as before JSON
-    settings = {name: tupled(value) for name, value in config["task"].items()}
-    tasks.check_base(settings, base, sizes[0])
-    task = tasks.build(settings, base.vocabulary, *sizes, base, test=evaluation["test"])
+    tasks.check_base(config["task"], base, sizes[0])
+    task = tasks.build(config["task"], base.vocabulary, *sizes, base, test=evaluation["test"])
     batches = eval_batches(task, evaluation["batch_size"])
 
     @jax.jit

@@ -223,6 +223,8 @@ def _check_keys(config: Mapping[str, Any], known: Row) -> None:
     name, is_users = config["name"], outside.is_name(config["name"])
     for field in _DEFAULTS if is_users else ONLY:
         value = config.get(field)
+        if isinstance(value, list):  # a tuple that was stored as JSON
+            value = tuple(value)
         usual = field in ("name", "n_train", *known.keys) or value in (None, _DEFAULTS[field])
         if not usual:
             keys = known.keys if is_users else ONLY[field]

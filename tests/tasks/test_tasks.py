@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support import require
 
-from lorax import tasks
+from lorax import config, tasks
 from lorax.tasks import batch_order, kinds
 
 CONFIG = types.MappingProxyType({"name": "restaurants", "path": None, "n_train": 300, "seed": 0})
@@ -241,6 +241,17 @@ def test_settings_that_a_task_has_no_use_for(vocabulary, name, field, value):
     config = {**CONFIG, "name": name, field: value}
     with pytest.raises(ValueError, match=rf"^task\.{field}: .* task '{name}' has no use for it, o"):
         tasks.build(config, vocabulary, 64, 8)
+
+
+def test_settings_that_a_run_has_stored(vocabulary):
+    """As JSON, in which tuples are lists."""
+    given = config.default().task
+    given.n_train = 16
+    stored = json.loads(given.to_json())
+    assert isinstance(stored["classes"], list)
+    ours, theirs = (tasks.build(each, vocabulary, 64, 8) for each in (given, stored))
+    for rows, same in zip(ours.train.values(), theirs.train.values(), strict=True):
+        np.testing.assert_array_equal(rows, same)
 
 
 def test_columns_that_no_row_needs_are_left_out():
