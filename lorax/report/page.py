@@ -6,7 +6,6 @@ its charts and what draws them in it; only the links below a figure lead to file
 `lorax.report.images` adds figures/NAME.png and NAME.pdf.
 """
 
-import csv
 import html
 import io
 import itertools
@@ -241,24 +240,7 @@ def _data(value: pd.DataFrame | dict[str, np.ndarray] | bytes) -> bytes:
 
 def as_csv(table: pd.DataFrame) -> bytes:
     """The table as CSV, without its index."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(table.columns)
-    columns = [_plain_values(column) for _, column in table.items()]
-    writer.writerows(zip(*columns, strict=True))
-    return text.getvalue().encode()
-
-
-def _plain_values(column: pd.Series) -> list:
-    """Python's own values, None for missing ones."""
-    values = column.tolist()
-    if column.dtype.kind == "O":
-        values = [x.item() if isinstance(x, np.generic) else x for x in values]
-    return (
-        [None if gone else x for gone, x in zip(column.isna(), values, strict=True)]
-        if column.hasnans
-        else values
-    )
+    return table.to_csv(index=False).encode()
 
 
 def put_together(
