@@ -65,6 +65,9 @@ _FLAT = {
     for kind, table in (("double", _DOUBLE), ("single", _SINGLE))
     for name, parts in table.items()
 }
+#: By flattened names, and the other way.
+_FLAT_OUTER = {name.replace(".", "_"): theirs for name, theirs in _OUTER.items()}
+_OF_OUTER = {theirs: flat for flat, theirs in _FLAT_OUTER.items()}
 _BLOCKS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
 _IN_BLOCK = re.compile(r"(?P<kind>double|single)_blocks_(?P<n>\d+)_(?P<end>.+)")
 _OF_XLABS = re.compile(r"(?P<kind>double|single)_blocks\.(?P<n>\d+)\.(processor\.)?(?P<end>.+)")
@@ -95,8 +98,7 @@ def parts(layer: str) -> tuple[str, ...]:
         flat = flat.replace(".", "_")
         match = _IN_BLOCK.fullmatch(flat)
         if match is None:
-            outer = {name.replace(".", "_"): theirs for name, theirs in _OUTER.items()}
-            return (f"transformer.{outer[flat]}",) if flat in outer else ()
+            return (f"transformer.{_FLAT_OUTER[flat]}",) if flat in _FLAT_OUTER else ()
         ends = _FLAT.get(f"{match['kind']}_{match['end']}", ())
     return tuple(f"transformer.{_BLOCKS[match['kind']]}.{match['n']}.{end}" for end in ends)
 
@@ -118,9 +120,8 @@ def _part(name: str) -> _Part | None:
                 flat = f"lora_unet_{kind}_blocks_{match['n']}_{fused.replace('.', '_')}"
                 return _Part(flat, ends.index(match["end"]), ends)
         return None
-    outer = {theirs: fused for fused, theirs in _OUTER.items()}
-    theirs = outer.get(path)
-    return _Part(f"lora_unet_{theirs.replace('.', '_')}", 0, (path,)) if theirs else None
+    flat = _OF_OUTER.get(path)
+    return _Part(f"lora_unet_{flat}", 0, (path,)) if flat else None
 
 
 # ----------------------------------------------------------------------------------- to diffusers
