@@ -209,9 +209,7 @@ def measure_texts(part: Part, trainable, trained: list[int], rows: dict[int, dic
         try:
             texts = write(trained, *((part.params, layout.mesh) if spread else (base.params,)))
         except Exception as error:
-            if is_of_one(error):
-                raise
-            message = rundir.keep_error(part.workdir, error)
+            message = kept_message(part, error)
             part.say(f"eval.generate of {len(trained)} members together: {message}; now one by one")
     if texts is None:
         alone = lambda i: write([i], base.params)[0]
@@ -271,21 +269,23 @@ def bound_to(part: Part, trainable, i: int, params: dict | None = None) -> dict:
 
 def attempt(part: Part, key: str, members, rows: dict[int, dict], work: Callable):
     """work(), or None if it fails; then prints a line and adds "failed" to the members' rows,
-    unless the error is one that ends the run (`is_of_one`)."""
+    unless the error is one that ends the run (`kept_message`)."""
     try:
         return work()
     except Exception as error:
-        if is_of_one(error):
-            raise
-        message = rundir.keep_error(part.workdir, error)
+        message = kept_message(part, error)
         part.say(f"{key} of member {members[0].name}: {message}")
         for member in members:
             rows[member.index].setdefault("failed", {})[key] = reason(error)
 
 
-def is_of_one(error: Exception) -> bool:
-    """Whether an error is one process's alone, where there are several. They do the same work and
-    fail alike, except for what is wrong with one machine: that must end the run, as the others
-    would wait for its process forever."""
-    of_one = of_machine(error) or isinstance(error, jax.errors.JaxRuntimeError)
-    return hosts.are_many() and of_one
+def kept_message(part: Part, error: Exception) -> str:
+    """What to say of an error, which is kept in the run directory.
+
+    Several processes do the same work and fail alike, except for what is wrong with one machine:
+    such an error is raised again and ends the run, as the others would wait for its process
+    forever.
+    """
+    if hosts.are_many() and (of_machine(error) or isinstance(error, jax.errors.JaxRuntimeError)):
+        raise error
+    return rundir.keep_error(part.workdir, error)
