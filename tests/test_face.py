@@ -119,8 +119,8 @@ def test_report_takes_runs_and_paths(trained, monkeypatch):
     lorax.report([trained, "other"], out="page")
     one = str(trained.directory)
     assert asked == [
-        ([one], (None, None, None, None, (), None)),
-        ([one, "other"], (None, "page", None, None, (), None)),
+        ([one], (None, None, None, None, (), None, ())),
+        ([one, "other"], (None, "page", None, None, (), None, ())),
     ]
     with pytest.raises(ValueError, match="lorax.report: nothing given; expected runs or adapters"):
         lorax.report()

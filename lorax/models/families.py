@@ -55,6 +55,7 @@ class Traits(NamedTuple):
         `logits` and `empty_cache` (see `gpt2.GPT2`), and `head` names the parameters that `logits`
         reads.
     input_shape: shape of one float32 input array; None for a model that reads tokens.
+    smallest_shape: of a model that takes arrays of any size, the smallest that it takes.
     flat: whether it takes an array of any shape with as many numbers as `input_shape`.
     condition: shape and dtype of what one image of a diffusion model is made from, None for other
         models. Such a model is called with noisy images x (B, height, width, channels), timesteps
@@ -78,6 +79,7 @@ class Traits(NamedTuple):
 
     causal: bool = False
     input_shape: tuple[int, ...] | None = None
+    smallest_shape: tuple[int, ...] | None = None
     flat: bool = False
     condition: jax.ShapeDtypeStruct | None = None
     no_class: int | None = None
@@ -97,7 +99,7 @@ class Traits(NamedTuple):
         its timestep and condition for a diffusion model."""
         if self.input_shape is None:
             return (jnp.zeros((1, 1), jnp.int32),)
-        array = jnp.zeros((1, *self.input_shape), jnp.float32)
+        array = jnp.zeros((1, *(self.smallest_shape or self.input_shape)), jnp.float32)
         if self.condition is None:
             return (array,)
         condition = jnp.zeros((1, *self.condition.shape), self.condition.dtype)
@@ -112,6 +114,7 @@ def traits(family: str, config) -> Traits:
     return Traits(
         causal=causal,
         input_shape=config.image_shape if images else None,
+        smallest_shape=getattr(config, "smallest_shape", None),
         flat=family == "mlp",
         condition=config.condition if diffusion else None,
         no_class=getattr(config, "no_class", None),

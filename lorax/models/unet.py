@@ -72,6 +72,12 @@ class Config:
         return (*((size, size) if isinstance(size, int) else size), self.in_channels)
 
     @property
+    def smallest_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of the smallest images that have a pixel on the last level."""
+        size = 2 ** (len(self.block_out_channels) - 1)
+        return size, size, self.in_channels
+
+    @property
     def positions(self) -> int:
         """Positions of the first level."""
         height, width, _ = self.image_shape
@@ -421,7 +427,7 @@ def hf_tensors(config: Config) -> dict[str, Source]:
     size = jax.ShapeDtypeStruct
     x, context = (
         size((1, *shape), jnp.float32)
-        for shape in (config.image_shape, (1, config.cross_attention_dim))
+        for shape in (config.smallest_shape, (1, config.cross_attention_dim))
     )
     flat = tree.flatten(jax.eval_shape(shapes, x, size((1,), jnp.int32), context))
     return {path: _source(path, leaf.shape) for path, leaf in flat.items()}

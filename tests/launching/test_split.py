@@ -101,7 +101,7 @@ def test_texts_of_the_bases_are_merged_in_the_order_of_the_members(tmp_path):
         here = parts.directory(tmp_path, number)
         parts.write(here, parts.Part(members, 1, {}))
         rows = zip(members, bases, strict=True)
-        more = {"name": "", "method": "lora", "quant": None}
+        more = {"group": 0, "name": "", "method": "lora", "quant": None}
         rundir.write_members(here, [{"member": i, "base": base} | more for i, base in rows])
         rundir.write_status(here, "finished", {}, 0.0, {})
         texts = [line(base, prompt) for base in bases for prompt in "xy"]

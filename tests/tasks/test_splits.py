@@ -82,6 +82,13 @@ def _mnist(folder):
     np.savez(folder / "mnist.npz", **arrays)
 
 
+def _dit(folder):
+    """A small transformer that denoises the digits, as random weights."""
+    sizes = {"num_attention_heads": 1, "attention_head_dim": 8, "num_layers": 1, "sample_size": 8}
+    described = {"_class_name": "DiTTransformer2DModel", "in_channels": 1, "out_channels": 2}
+    (folder / "config.json").write_text(json.dumps(described | sizes))
+
+
 def _text(folder):
     (folder / "text.txt").write_text("".join(f"the {i} of all. " for i in range(3000)))
 
@@ -97,6 +104,7 @@ TASKS = {
     "glue": (_glue, "", None, 16, {"subset": "sst2"}),
     "mnist": (_mnist, "mnist.npz", "random:mnist-fc", 1, {}),
     "digits": (None, None, "random:mlp-64-10", 1, {}),
+    "diffusion": (_dit, None, "random:{folder}", 1, {}),
     "planted": (None, None, "random:mlp-6-4", 1, {"rank": 1, "examples": 16}),
 }
 
@@ -125,6 +133,7 @@ def test_no_row_of_a_split_is_in_another(name, tmp_path, vocabulary, bert):
         write(tmp_path)
     c = config.default().task.to_dict() | {"name": name} | settings
     c["path"] = None if path is None else str(tmp_path / path)
+    base = base and base.format(folder=tmp_path)
     known = bert if name == "glue" else vocabulary
     build = lambda test: tasks.build(c, known, seq_len, None, base and load(base), test=test)
     task, whole = build(None), build(0)
@@ -133,7 +142,7 @@ def test_no_row_of_a_split_is_in_another(name, tmp_path, vocabulary, bert):
     assert all(found.values())
     assert not sets["test"] & (sets["train"] | sets["eval"]) and not sets["eval"] & sets["train"]
     assert whole.test is None and task.eval.keys() == task.test.keys()
-    if name in ("e2e", "instruct", "glue", "text", "digits", "planted"):  # cut in two
+    if name in ("e2e", "instruct", "glue", "text", "digits", "diffusion", "planted"):  # cut in two
         assert sorted(found["eval"] + found["test"]) == sorted(keys(whole, whole.eval))
         assert abs(len(found["eval"]) - len(found["test"])) <= 2
     elif name == "mnist":

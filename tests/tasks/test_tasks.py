@@ -201,7 +201,7 @@ def test_registry_is_complete():
     ]
     with_tasks = {row.load.__module__ for row in tasks.TASKS.values()}
     helpers = ("metrics", "records", "rows", "sentences", "rendering", "templates", "sources")
-    helpers += ("tabular", "harness")
+    helpers += ("tabular", "harness", "captioned_images")
     helpers += ("data", "table", "kinds", "scores", "subsets", "splits", "batch_order")
     assert {x.__name__ for x in modules} == with_tasks | {f"lorax.tasks.{x}" for x in helpers}
 
