@@ -7,7 +7,7 @@ r = 1 or 2 on (WikiSQL, q and v: 73.4, 73.3, 73.7, 73.8, 73.5), and q alone stay
 (68.8 to 70.5). Each setting has its own best of five learning rates. Here: experiments/rank.
 
     --config=configs/lora_table6_rank.py:stories
-    --config=configs/lora_table6_rank.py:minilm (SST-2; minilm-cola; minilm-random)
+    --config=configs/lora_table6_rank.py:minilm (SST-2, q and q, v; minilm-cola; minilm-random)
     --config=configs/lora_table6_rank.py:smollm2 (E2E, q and q, v; smollm2-random)
     --config=configs/lora_table6_rank.py:gpt2-medium --config.task.path=ZIP
 """
@@ -20,7 +20,8 @@ def get_config(arg=None):
     config.sweep.targets = (("q",), ("q", "v"), ("q", "k", "v", "o"))
     config.sweep.rank = (1, 2, 4, 8, largest_rank(arg))
     config.sweep.seed = (0, 1, 2)
-    if arg and arg.startswith("smollm2"):  # a member's step takes some two CPU seconds
-        config.sweep.targets, config.sweep.rank = (("q",), ("q", "v")), (1, 4, 8, 64)
+    few = {"minilm": (1, 8, 64), "smollm2": (1, 4, 8, 64)}  # of models whose steps take long
+    if (model := (arg or "").partition("-")[0]) in few:
+        config.sweep.targets, config.sweep.rank = (("q",), ("q", "v")), few[model]
     tune(config, 2e-2 if arg is None else None)
     return config
