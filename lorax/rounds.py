@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -96,10 +97,11 @@ class Log:
         seconds = round(self.seconds + time.monotonic() - self.began, 1)
         rundir.write_status(self.workdir, state, self.results, seconds, self.failed)
 
-    def attempt(self, what: str, work: Callable[[], object]) -> None:
-        """Do work that may fail without ending the run; `what` names it in messages."""
+    def attempt(self, what: str, work: Callable[[], Any]) -> Any:
+        """The result of work that may fail without ending the run, None if it did; `what` names it
+        in messages."""
         try:
-            work()
+            return work()
         except Exception as error:
             self.failed[what] = reason(error)
             self.screen.say(f"{what}: {rundir.keep_error(self.workdir, error)}")
@@ -251,11 +253,12 @@ def _analyse(settings: ConfigDict, base: Base, log: Log) -> None:
         failed = result.get("failed", {}).items()
         log.failed |= {f"{key} of member {member}": why for key, why in failed}
     log.attempt("tables", lambda: _write_tables(workdir))
+    found = None
     if not settings.search.threshold:  # a search has dimensions
-        log.attempt("answer", lambda: answer.write(runs.load(workdir)))
+        found = log.attempt("answer", lambda: answer.write(runs.load(workdir)))
     if settings.analysis.report:
         say("analysing the updates and drawing the report")
-        log.attempt("report", lambda: _report(workdir, base, settings.analysis, say))
+        log.attempt("report", lambda: _report(workdir, base, settings.analysis, found, say))
     for name, tracker in log.trackers.items():
         log.failed.pop(name, None)  # everything is sent now
         log.attempt(name, tracker.finish)
@@ -276,14 +279,17 @@ def _write_tables(workdir: Path) -> None:
             write_bytes(file, table.to_csv(index=False).encode())
 
 
-def _report(workdir: Path, base: Base, asked: ConfigDict, say: Callable[[str], None]) -> None:
+def _report(
+    workdir: Path, base: Base, asked: ConfigDict, found: dict | None, say: Callable[[str], None]
+) -> None:
     """Draw the report. A section that fails is replaced by a line, also printed on the screen, and
-    does not fail the run. asked: the config's `analysis` section."""
+    does not fail the run. asked: the config's `analysis` section. found: the run's answer;
+    None if that failed."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: say(f"report: {message}")
         # Other processes hold parts of the base and no longer take part: its files have all of it.
         alone = gather.is_here(base.params)
         read = (kernels(base), "") if alone else bases.of_config(rundir.read_config(workdir))
-        written = report.write(workdir, *read, also=asked.also)
+        written = report.write(workdir, *read, also=asked.also, answer=found)
         if asked.figures:
             images.add(written, asked.figures)

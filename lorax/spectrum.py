@@ -275,10 +275,12 @@ def _along(u: np.ndarray, a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def existing(u: np.ndarray, sigma: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """u (..., n, k), with zeros for the columns whose sigma (..., k) is only rounding."""
+    """u (..., n, k), with zeros for the columns whose sigma (..., k) is only rounding; u itself if
+    there are none."""
     # The factors were stored in float32, so its rounding matters.
     floor = max(shape) * np.finfo(np.float32).eps * sigma.max(-1, keepdims=True, initial=0.0)
-    return u * (sigma > floor)[..., None, :]
+    some = sigma > floor
+    return u if some.all() else u * some[..., None, :]
 
 
 def effective_rank(sigma: ArrayLike) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import inspect
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 import lorax
 from lorax import rundir, tree
-from lorax.analysis import runs
+from lorax.analysis import answer, runs
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,6 +71,19 @@ def test_run_trains_and_returns_the_run(trained, capsys):
     assert all(factors.a.shape[1] == 2 for factors in update.values()) and len(update) == 1
     again = lorax.run(tiny(), workdir=trained.directory)  # nothing is trained again
     assert again.metrics.equals(trained.metrics) and capsys.readouterr().out == ""
+
+
+def test_a_run_computes_its_answer_once(trained, tmp_path, monkeypatch):
+    computed = []
+    compute = answer.answer
+    monkeypatch.setattr(answer, "answer", lambda run: computed.append(compute(run)) or computed[-1])
+    c = tiny()
+    c.analysis.report = True
+    again = shutil.copytree(trained.directory, tmp_path / "run")
+    lorax.run(c, workdir=again)  # only analyses
+    (found,) = computed
+    assert rundir.answer(again).read_bytes() == answer.as_json(found)
+    assert 'class="answer"' in (again / rundir.REPORT).read_text()
 
 
 def test_a_run_of_another_config_is_refused(trained):

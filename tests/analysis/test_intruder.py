@@ -132,6 +132,21 @@ def test_norm_matched_has_the_singular_values():
     np.testing.assert_array_equal(one, again[0])
 
 
+@pytest.mark.parametrize("rank", [1, 8, 64])
+def test_norm_matched_of_few_directions_is_that_of_a_qr_decomposition(rank):
+    """Columns of at most half as many as rows come from a Cholesky decomposition: they are as
+    orthonormal, and the same numbers."""
+    a, b = (np.random.default_rng(1).standard_normal((3, 128, rank)) for _ in range(2))
+    one, other = norm_matched(2, (a, np.swapaxes(b, -1, -2)), np.ones((3, rank)))
+    rng = np.random.default_rng(2)
+    for got in (one, np.swapaxes(other, -1, -2)):
+        q, r = np.linalg.qr(rng.standard_normal((3, 128, rank)))
+        signs = np.sign(np.diagonal(r, axis1=-2, axis2=-1))[:, None]
+        np.testing.assert_allclose(got, q * signs, atol=1e-13)
+        eye = np.broadcast_to(np.eye(rank), (3, rank, rank))
+        np.testing.assert_allclose(np.swapaxes(got, -1, -2) @ got, eye, atol=1e-13)
+
+
 def test_norm_matched_is_uniform():
     """Haar: a column's mean is 0 and its second moment I / n (LAPACK's signs fail the first)."""
     a, b = np.broadcast_to(np.eye(4, 2), (4000, 4, 2)), np.broadcast_to(np.eye(2, 3), (4000, 2, 3))

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from synthetic import LAYERS, SOURCES, TARGETS, WIDTH, kernels, make_run, planted_factors
 
+from lorax import spectrum
 from lorax.analysis import (
     amplification,
     expected_similarity,
@@ -14,6 +15,7 @@ from lorax.analysis import (
     tables,
     update_similarity,
 )
+from lorax.analysis.measures import overlap
 from lorax.analysis.tables import directions, matrices
 from lorax.interop import peft
 from lorax.interop.peft import Factors
@@ -125,7 +127,53 @@ def test_stacks_change_nothing(tmp_path, monkeypatch):
         assert len(one)
 
 
+def test_updates_that_are_decomposed_once_give_the_same_tables(tmp_path, monkeypatch):
+    run = runs.load(make_run(tmp_path / "run", ranks=(1, 2)))
+    found, _ = tables.updates(run, run.members.index)
+    full = {9: {path: np.asarray(w) for path, w in kernels().items()}}
+    every, base = found | full, kernels()
+    svds = tables.base_svds(base)
+
+    def every_table(of=None):
+        yield from tables.spectra(every, of)
+        yield tables.amplifications(every, base, delta_svds=of)
+        yield tables.intruder_table(every, base, (1, 3), svds=svds, delta_svds=of)
+        phi = tables.against_base(every, base, every, svds=svds, delta_svds=of)
+        yield tables.corners(phi, "in")
+        of_each = [tables.bases(found[n], svds=of and of[n]) for n in found]
+        yield tables.angles([(of_each[0], of_each[1]), (of_each[0], of_each[2])])
+
+    alone = list(every_table())
+    decomposed = tables.update_svds(every)
+    assert not decomposed[9]  # it has no factors
+    monkeypatch.setattr(spectrum, "factor_svd", None)  # nothing decomposes a second time
+    for one, other in zip(alone, every_table(decomposed), strict=True):
+        pd.testing.assert_frame_equal(one, other, check_exact=True)
+        assert len(one)
+
+
 # -------------------------------------------------------------------------------------- directions
+
+
+@pytest.mark.parametrize("case", ["full rank", "dependent", "no update", "wide", "rank 0"])
+def test_directions_of_factors_are_their_singular_vectors(case):
+    """Up to sign, those of `overlap.directions`; with the same columns missing."""
+    rng = np.random.default_rng(0)
+    rank, n_out = {"wide": 5, "rank 0": 0}.get(case, 3), 4
+    a, b = rng.standard_normal((6, rank)), rng.standard_normal((rank, n_out))
+    if case == "dependent":
+        a[:, 2], b[0] = a[:, 1], 0
+    if case == "no update":
+        b[:] = 0
+    got = tables.bases({"q": Factors(np.float32(a), np.float32(b), 0.5)})["q"]
+    assert list(got) == list(tables.KINDS)
+    for kind, factor in (("A", np.float32(a)), ("B", np.float32(b).T)):
+        expected = overlap.directions(factor)
+        same = np.abs(np.sum(got[kind] * expected, 0))
+        np.testing.assert_allclose(same, expected.any(0), atol=1e-9)
+        np.testing.assert_array_equal(got[kind].any(0), expected.any(0))
+    assert got["dW in"].shape == (6, min(rank, n_out))
+    assert got["dW in"].any(0).sum() == np.linalg.matrix_rank(a @ b if rank else np.zeros((1, 1)))
 
 
 def test_members_of_different_runs_share_the_paths_that_both_have(tmp_path):

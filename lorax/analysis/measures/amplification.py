@@ -4,6 +4,7 @@ LoRA, arXiv 2106.09685, section 7.3 and table 7: with U and V the leading singul
 dW, ||U^T W V||_F is the norm of W in them, and ||dW||_F divided by it is the amplification factor.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +30,7 @@ def amplification(
     rank: int,
     *,
     w_sigma: ArrayLike | None = None,
+    delta_svd: Sequence[ArrayLike] | None = None,
     rng: int | np.random.Generator = 0,
 ) -> Amplification:
     """Table 7 of the LoRA paper. Leading axes (...) are those of w and delta.
@@ -39,12 +41,13 @@ def amplification(
         (..., in, out).
       rank: how many leading directions, 1 to min(in, out); the paper takes the adapter's own r.
       w_sigma: w's singular values (..., min(in, out)), if already computed: saves most of the work.
+      delta_svd: delta's thin SVD (u, sigma, vt), if already computed: saves most of the rest.
       rng: seed or generator of the random control; all matrices of a stack share its directions.
 
     Raises ValueError if the shapes or the rank do not fit.
     """
     w = np.asarray(w, np.float64)
-    u, sigma, vt = update_svd(delta)
+    u, sigma, vt = update_svd(delta) if delta_svd is None else map(np.asarray, delta_svd)
     shape = (u.shape[-2], vt.shape[-1])
     if w.ndim < 2 or shape != w.shape[-2:]:
         raise ValueError(f"w {w.shape} and delta {shape} need the same (..., in, out)")

@@ -209,6 +209,12 @@ def _shape(delta) -> tuple[int, ...]:
 
 
 def _haar(rng, shape) -> np.ndarray:
-    q, r = np.linalg.qr(rng.standard_normal(shape))
-    # LAPACK's signs depend on the draw; with a positive diagonal of r, q is uniform.
+    """Orthonormal columns (..., n, k), k <= n, of uniformly random directions: the q of x = q r
+    with Gaussian x. LAPACK's signs depend on the draw; with a positive diagonal of r, q is uniform.
+    """
+    x = rng.standard_normal(shape)
+    if 2 * shape[-1] <= shape[-2]:  # x is well conditioned: x^T x = r^T r is as accurate, and fast
+        low = np.linalg.cholesky(np.swapaxes(x, -1, -2) @ x)
+        return x @ np.swapaxes(np.linalg.inv(low), -1, -2)
+    q, r = np.linalg.qr(x)
     return q * np.where(np.diagonal(r, axis1=-2, axis2=-1) < 0, -1.0, 1.0)[..., None, :]

@@ -3,8 +3,8 @@
 Updates are {member: {path: Factors, or dW (in, out)}}. Either all updates of a member have factors
 or none has. A "member" is any name: members of several runs and other adapters can be combined if
 they use the same paths for their layers. kernels are the frozen (in, out) weights by path;
-`base_svds` decomposes each once for all functions that need it. With small matrices, use one BLAS
-thread (`threadpoolctl`): more threads only wait for each other.
+`base_svds` decomposes each once for all functions that need it, and `update_svds` the updates. With
+small matrices, use one BLAS thread (`threadpoolctl`): more threads only wait for each other.
 """
 
 from lorax.analysis.tables.along_training import cka, kept_rank, trajectory
@@ -19,10 +19,12 @@ from lorax.analysis.tables.directions import (
     leading,
     pairwise,
     similarity,
+    update_svds,
 )
 from lorax.analysis.tables.intervention import Interventions, interventions
 from lorax.analysis.tables.learned import has_factors, sensitivity, updates
 from lorax.analysis.tables.matrices import (
+    SVDs,
     Updates,
     kernel_shape,
     layer_and_target,
@@ -51,6 +53,7 @@ __all__ = [
     "Interventions",
     "Measured",
     "NoBaseError",
+    "SVDs",
     "Statistic",
     "Update",
     "Updates",
@@ -82,5 +85,6 @@ __all__ = [
     "stacks",
     "statistics",
     "trajectory",
+    "update_svds",
     "updates",
 ]

@@ -9,7 +9,9 @@ import pandas as pd
 from lorax import spectrum
 from lorax.analysis.measures import overlap
 from lorax.analysis.tables.matrices import (
+    SVDs,
     Updates,
+    by_matrix,
     layer_and_target,
     shape_of,
     stacked,
@@ -23,19 +25,55 @@ LEADING = 64  # directions of a dense update that are analysed
 Bases = dict[str, dict[str, np.ndarray]]  # orthonormal columns, by path and kind
 
 
-def bases(updates: Updates, k: int = LEADING) -> Bases:
+def update_svds(updates: Mapping[Hashable, Updates]) -> dict[Hashable, SVDs]:
+    """{member: {path: (u (in, k), sigma (k,), vt (k, out))}}, k = min(r, in, out): the thin SVD of
+    every update with factors. Compute it once for all functions that need it."""
+    flat = by_matrix(updates)
+    shapes = {key: shape_of(x) for key, x in flat.items() if isinstance(x, Factors)}
+    found: dict[Hashable, SVDs] = {member: {} for member in updates}
+    for keys in stacks(shapes):
+        svd = spectrum.factor_svd(*stacked([flat[key] for key in keys]))
+        for (member, path), parts in zip(keys, zip(*svd, strict=True), strict=True):
+            found[member][path] = parts
+    return found
+
+
+def bases(updates: Updates, k: int = LEADING, svds: SVDs | None = None) -> Bases:
     """Orthonormal directions by path and kind: of A, of B, and of dW on its input and output side.
-    For dense updates only those of dW, the leading k (`leading` has their errors)."""
+    For dense updates only those of dW, the leading k (`leading` has their errors).
+
+    Args:
+      svds: those of the updates from `update_svds`, if already computed.
+    """
+    updates = dict(updates)  # each is read once
+    svds = update_svds({0: updates})[0] if svds is None else svds
+    directions = update_bases(updates, k, svds)
+    for paths in stacks({path: shape_of(updates[path]) for path in svds if path in updates}):
+        a, b, _ = stacked([updates[path] for path in paths])
+        u, vt = (np.stack([svds[path][side] for path in paths]) for side in (0, 2))
+        of_a = _of_factor(a, u)
+        of_b = _of_factor(np.swapaxes(b, -1, -2), np.swapaxes(vt, -1, -2))
+        for path, *kinds in zip(paths, of_a, of_b, strict=True):
+            directions[path] = dict(zip(KINDS[:2], kinds, strict=True)) | directions[path]
+    return directions
+
+
+def _of_factor(a: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """`overlap.directions` of a factor a (..., n, r), from the directions u (..., n, k) of its dW:
+    if k = r, they span what a's columns do, so an SVD of r x r is enough."""
+    if u.shape[-1] < a.shape[-1]:
+        return overlap.directions(a)
+    inner, sigma, _ = np.linalg.svd(np.swapaxes(u, -1, -2) @ a)
+    return spectrum.existing(u @ inner, sigma, a.shape[-2:])
+
+
+def update_bases(updates: Updates, k: int, svds: SVDs) -> Bases:
+    """The directions of dW alone in the form of `bases`, whose arguments these are."""
     directions: Bases = {}
-    factors = {path: update for path, update in updates.items() if isinstance(update, Factors)}
-    for paths in stacks({path: shape_of(update) for path, update in factors.items()}):
-        a, b, _ = stacked([factors[path] for path in paths])
-        inputs, outputs = overlap.update_directions(a, b)
-        of_factors = overlap.directions(a), overlap.directions(np.swapaxes(b, -1, -2))
-        for n, path in enumerate(paths):
-            kinds = (*of_factors, inputs, outputs)
-            directions[path] = {kind: u[n] for kind, u in zip(KINDS, kinds, strict=True)}
-    directions |= leading({path: u for path, u in updates.items() if path not in factors}, k)[0]
+    for path, (u, sigma, vt) in ((path, svds[path]) for path in updates if path in svds):
+        sides = (spectrum.existing(x, sigma, (len(u), vt.shape[1])) for x in (u, vt.T))
+        directions[path] = dict(zip(KINDS[2:], sides, strict=True))
+    directions |= leading({path: u for path, u in updates.items() if path not in svds}, k)[0]
     return {path: directions[path] for path in updates}
 
 

@@ -10,16 +10,19 @@ from lorax.analysis.tables.statistics import each, in_order, numbers
 from lorax.analysis.tables.update import BUILT_IN, Update
 
 
-def spectra(updates: Mapping[Hashable, Updates]) -> tuple[pd.DataFrame, pd.DataFrame]:
+def spectra(
+    updates: Mapping[Hashable, Updates], delta_svds: Mapping[Hashable, SVDs] | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Spectra of all updates, and the ranks computed from them.
 
     updates: {member: {path: Factors, or dW (in, out)}}. All singular values of a dense update are
-    computed, whatever its size, because ranks need the small ones too.
+    computed, whatever its size, because ranks need the small ones too. delta_svds: from
+    `update_svds`, if already computed.
     Returns two tables: (member, path, layer, target, index from 1, sigma), and (member, path,
     layer, target, rank, norm = ||dW||_F, effective, stable, energy90, numerical).
     """
     sigmas, ranks = {}, {}
-    for update in each(updates):
+    for update in each(updates, delta_svds=delta_svds):
         key, sigma = (update.member, update.path), update.singular_values
         row = identity(*key)
         sigmas[key] = [{**row, "index": i, "sigma": x} for i, x in enumerate(sigma, 1)]

@@ -18,6 +18,7 @@ import pandas as pd
 
 from lorax import outside, spectrum
 from lorax.analysis.tables.matrices import (
+    SVDs,
     Updates,
     identity,
     shape_of,
@@ -93,6 +94,7 @@ def each(
     updates: Mapping[Hashable, Updates],
     kernels: Mapping[str, np.ndarray] | None = None,
     no_kernels: str = "no base was given",
+    delta_svds: Mapping[Hashable, SVDs] | None = None,
 ) -> Iterable[Update]:
     """Every update of every member, with its singular values, computed in stacks of one shape and
     in the order of these; updates that are read when asked for are in memory a stack at a time.
@@ -102,6 +104,7 @@ def each(
       kernels: the base's (in, out) by path; if one is missing or has another shape, the update has
         no kernel.
       no_kernels: why there are no kernels at all.
+      delta_svds: from `update_svds`, if already computed.
     """
     shapes = {
         (member, path): shape
@@ -110,7 +113,7 @@ def each(
     }
     for keys in stacks(shapes):
         stack = {(member, path): updates[member][path] for member, path in keys}
-        for (member, path), sigma in singular_values(stack).items():
+        for (member, path), sigma in singular_values(stack, delta_svds).items():
             given = stack.pop((member, path))
             kernel, why = (kernels or {}).get(path), no_kernels
             if kernels is not None and kernel is None:
@@ -125,10 +128,14 @@ def in_order(rows: Mapping[tuple[Hashable, str], Any], updates: Mapping[Hashable
     return [rows[member, path] for member, by_path in updates.items() for path in by_path]
 
 
-def singular_values(flat: Mapping[tuple[Hashable, str], object]) -> dict:
-    """{(member, path): sigma (k,)}, descending, float64, of {(member, path): update}."""
-    sigmas = {}
-    for keys in stacks({key: shape_of(update) for key, update in flat.items()}):
+def singular_values(
+    flat: Mapping[tuple[Hashable, str], object], delta_svds: Mapping[Hashable, SVDs] | None = None
+) -> dict:
+    """{(member, path): sigma (k,)}, descending, float64, of {(member, path): update}. delta_svds:
+    from `update_svds`, if already computed."""
+    known = {key: (delta_svds or {}).get(key[0], {}).get(key[1]) for key in flat}
+    sigmas = {key: svd[1] for key, svd in known.items() if svd is not None}
+    for keys in stacks({key: shape_of(x) for key, x in flat.items() if key not in sigmas}):
         update = stacked([flat[key] for key in keys])
         if isinstance(update, tuple):
             sigma = spectrum.factor_svd(*update)[1]

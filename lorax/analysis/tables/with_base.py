@@ -5,10 +5,15 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from lorax import spectrum
 from lorax.analysis.measures import intruders, overlap
 from lorax.analysis.measures.amplification import Amplification, amplification
-from lorax.analysis.tables.directions import KINDS, LEADING, bases, similarity
+from lorax.analysis.tables.directions import (
+    KINDS,
+    LEADING,
+    similarity,
+    update_bases,
+    update_svds,
+)
 from lorax.analysis.tables.matrices import (
     SVDs,
     Updates,
@@ -32,6 +37,7 @@ def against_base(
     members: Iterable[Hashable],
     k: int = LEADING,
     svds: SVDs | None = None,
+    delta_svds: Mapping[Hashable, SVDs] | None = None,
 ) -> dict[str, dict[str, np.ndarray]]:
     """LoRA's figure 8: phi(i, j) between dW's i leading directions and W's j, mean over members.
 
@@ -43,16 +49,17 @@ def against_base(
       updates: {member: {path: Factors, or dW (in, out)}}.
       members: which members to use; if they differ in r, phi goes up to the smallest.
       k: how many leading directions of a dense update to use.
-      svds: from `base_svds`, if already computed.
+      svds, delta_svds: from `base_svds` and `update_svds`, if already computed.
     """
     chosen = {member: updates[member] for member in members}
     flat = by_matrix(chosen, kernels)
     svds = base_svds(kernels, (path for _, path in flat)) if svds is None else svds
+    delta_svds = update_svds(chosen) if delta_svds is None else delta_svds
     pairs = []
-    for of_member in chosen.values():
+    for member, of_member in chosen.items():
         sides = {path: (svds[path][0], svds[path][2].T) for path in of_member}
         of_w = {path: dict(zip(KINDS[2:], side, strict=True)) for path, side in sides.items()}
-        pairs.append((bases(of_member, k), of_w))
+        pairs.append((update_bases(of_member, k, delta_svds[member]), of_w))
     result = {}
     for path, kinds in similarity(pairs).items():
         result[path] = {}
@@ -69,6 +76,7 @@ def amplifications(
     updates: Mapping[Hashable, Updates],
     kernels: Mapping[str, np.ndarray],
     svds: SVDs | None = None,
+    delta_svds: Mapping[Hashable, SVDs] | None = None,
 ) -> pd.DataFrame:
     """Table 7 for every update with factors, in as many directions as its rank.
 
@@ -79,13 +87,14 @@ def amplifications(
 
     Args:
       kernels: the frozen (in, out) kernels by path. A KeyError names a missing path.
-      svds: from `base_svds`, if already computed.
+      svds, delta_svds: from `base_svds` and `update_svds`, if already computed.
     """
     factored = {
         member: {path: update for path, update in by_path.items() if isinstance(update, Factors)}
         for member, by_path in updates.items()
     }
     flat = by_matrix(factored, kernels)
+    delta_svds = update_svds(factored) if delta_svds is None else delta_svds
     sigma = {path: svd[1] for path, svd in (svds or {}).items()}
     for path in dict.fromkeys(path for _, path in flat):
         if path not in sigma:
@@ -98,6 +107,7 @@ def amplifications(
             stacked([flat[key] for key in keys]),
             min(rank, *shape),
             w_sigma=np.stack([sigma[path] for _, path in keys]),
+            delta_svd=[np.stack(x) for x in zip(*(delta_svds[m][p] for m, p in keys), strict=True)],
         )
         values |= dict(zip(keys, zip(*amplified, strict=True), strict=True))
     rows = []
@@ -120,6 +130,7 @@ def intruder_table(
     draws: int = 2,
     rng: int | np.random.Generator = 0,
     svds: SVDs | None = None,
+    delta_svds: Mapping[Hashable, SVDs] | None = None,
 ) -> pd.DataFrame:
     """Intruder dimensions of every member and matrix, for every k and epsilon.
 
@@ -129,11 +140,12 @@ def intruder_table(
 
     Args:
       draws: how many controls; 0 for none (NaN).
-      svds: from `base_svds`, if already computed.
+      svds, delta_svds: from `base_svds` and `update_svds`, if already computed.
     """
     rng = np.random.default_rng(rng)
     flat = by_matrix(updates, kernels)
     svds = base_svds(kernels, (path for _, path in flat)) if svds is None else svds
+    delta_svds = update_svds(updates) if delta_svds is None else delta_svds
     epsilon = np.asarray(epsilon, np.float64)
     counts = {}
     for keys in stacks({key: shape_of(update) for key, update in flat.items()}):
@@ -142,7 +154,10 @@ def intruder_table(
         if not len(ks):
             continue
         counted = _counts(w, update, ks, epsilon, side, w_svd)  # (matrices, k's, epsilons)
-        sigma = spectrum.update_svd(update)[1] if draws else None
+        if isinstance(update, tuple):
+            sigma = np.stack([delta_svds[member][path][1] for member, path in keys])
+        else:
+            sigma = np.linalg.svd(update.astype(np.float64), compute_uv=False) if draws else None
         random = [
             _counts(w, intruders.norm_matched(rng, update, sigma), ks, epsilon, side, w_svd)
             for _ in range(draws)

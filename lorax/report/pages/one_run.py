@@ -3,6 +3,7 @@
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pandas as pd
 from threadpoolctl import threadpool_limits
@@ -43,6 +44,7 @@ def write(
     base: str | None = None,
     also: Sequence[str] = (),
     share: pathlib.Path | None = None,
+    answer: dict[str, Any] | None = None,
 ) -> pathlib.Path:
     """Analyse a run directory and write its report. Returns the path of report.html.
 
@@ -57,6 +59,7 @@ def write(
       also: statistics of every update, each as "FILE.py:function". For statistics that only the
         run's config names (analysis.also), the page shows the numbers stored in analysis/.
       share: write the page as one file here instead (`lorax.report.page.save`).
+      answer: the run's answer (`lorax.analysis.answer`), if it has just been computed.
 
     A section that fails is replaced by its error (`lorax.report.page.save`). Raises what
     `lorax.analysis.runs.load` raises.
@@ -73,7 +76,7 @@ def write(
         analysis = run.config.get("config", {}).get("analysis") or {}
         layers = analysis.get("layers") if layers is None else layers
         arguments = (base_kernels, no_kernels, layers, command, statistics)
-        found, first = outcome.answered(run)
+        found, first = outcome.answered(run, answer)
         make = lambda: of_sweep(outcome.read(run, found), first, *arguments)
         sections = page.attempt("What was run", make)
         name = run.directory.resolve().name
@@ -92,12 +95,13 @@ def of_sweep(
     """All sections on a sweep, in their order. first: the answer. command: redraws the page. The
     other arguments are those of `write`."""
     run, table, by, attempt = of.run, of.table, of.by, page.attempt
-    updates, missing, failed = {}, {}, []
+    updates, svds, missing, failed = {}, {}, {}, []
     sigmas, ranks = pd.DataFrame(), pd.DataFrame()
     try:
         usable = table[~table["status"].isin(runs.WITHOUT_RESULT)]
         updates, missing = tables.updates(run, usable.index)
-        sigmas, ranks = tables.spectra(updates)
+        svds = tables.update_svds(updates)  # once, for all sections
+        sigmas, ranks = tables.spectra(updates, svds)
     except Exception as error:
         updates, failed = {}, [Section("Updates", "", error=error)]
 
@@ -106,7 +110,7 @@ def of_sweep(
     settings = {"settings.csv": of.settings.drop(columns="line")}
     facts[0] = facts[0]._replace(files=settings)
     listed = attempt("Members", members.members, run, table, by, of.scores)
-    by_adapters = outcome.without_full(of).by
+    by_adapters = outcome.axes_of_adapters(of)
     curves = attempt("Learning curves", losses.learning, run, table, by_adapters)
     # Losses of several planted tasks can't be compared.
     if planted and len(calibration.tasks(table)) > 1:
@@ -129,7 +133,7 @@ def of_sweep(
         *failed,
     ]
     if updates:
-        arguments = (of, updates, sigmas, ranks, kernels, no_kernels, layers, statistics)
+        arguments = (of, updates, svds, sigmas, ranks, kernels, no_kernels, layers, statistics)
         sections += attempt("Updates", _of_updates, *arguments)
     if missing:
         items = [f"{table['name'][member]}: {why}" for member, why in missing.items()]
@@ -142,6 +146,7 @@ def of_sweep(
 def _of_updates(
     of: Sweep,
     updates: dict,
+    svds: dict,
     sigmas: pd.DataFrame,
     ranks: pd.DataFrame,
     kernels,
@@ -171,17 +176,18 @@ def _of_updates(
         also = user_statistics.headings(measured, main)
         sections += page.attempt("Effective rank", spectra.ranks, labelled[1], main, also)
         sections += user_statistics.sections(measured, shown, main, statistics)
-    sections += page.attempt("Subspace similarity", _similarity, of, updates, shown)
-    arguments = (updates, kernels, why, shown, main, layers)
+    sections += page.attempt("Subspace similarity", _similarity, of, updates, svds, shown)
+    arguments = (updates, kernels, why, shown, main, layers, svds)
     sections += page.attempt(base_weights.TITLE, base_weights.sections, *arguments)
     title = "During training"
     return sections + page.attempt(title, training.sections, of.run, shown, main)
 
 
-def _similarity(of: Sweep, members: dict, shown: pd.DataFrame) -> Section:
+def _similarity(of: Sweep, members: dict, svds: dict, shown: pd.DataFrame) -> Section:
     """The directions that updates of several members share."""
     main, axes = of.main, of.by.names
-    comparisons = [] if main == "method" else shared_directions.of_sweep(shown, members, axes)
+    of_sweep = shared_directions.of_sweep
+    comparisons = [] if main == "method" else of_sweep(shown, members, axes, svds)
     absent = shared_directions.absent_of_sweep(comparisons, main, of.table, shown)
     return shared_directions.section(comparisons, absent)
 

@@ -65,6 +65,7 @@ def sections(
     shown: pd.DataFrame,
     main: str,
     layers: int | None = None,
+    delta_svds: Mapping[object, tables.SVDs] | None = None,
 ) -> list[Section]:
     """All these sections, or one that says what is missing.
 
@@ -73,6 +74,7 @@ def sections(
       kernels: the base's, or None, with `why` as the reason.
       shown: one row per member that figures show: member, and the column `main`.
       layers: how many layers to compare, evenly spaced; None: all.
+      delta_svds: from `tables.update_svds`; None: each update is decomposed with its kernel.
     """
     if kernels is None:
         return [Section(TITLE, page.paragraph(f"Not computed: {why}. {NEEDS}"))]
@@ -90,7 +92,7 @@ def sections(
         return [Section(TITLE, page.paragraph(f"Not computed: {limit}. {NEEDS}"))]
     _announce(paths, kernels, len(shown))
     drawn = _middle({member: members[member] for member in shown.index}, paths)
-    compared = compare(members, kernels, paths, shown, drawn)
+    compared = compare(members, kernels, paths, shown, drawn, delta_svds)
     parts = [
         *_amplification(compared.amplified, members, shown, main),
         _figure8(compared, drawn, shown, main),
@@ -159,35 +161,36 @@ def compare(
     paths: Sequence[str],
     shown: pd.DataFrame,
     drawn: str,
+    delta_svds: Mapping[object, tables.SVDs] | None = None,
 ) -> Compared:
     """All comparisons of the paths, on several cores, one stack of kernels at a time.
 
-    drawn: the path whose whole phi is kept.
+    drawn: the path whose whole phi is kept. delta_svds: as for `sections`.
     """
-    shown_updates = {member: members[member] for member in shown.index}
 
     def compare_stack(numbered: tuple[int, list[str]]) -> Compared:
         number, chunk = numbered
-        part = lambda updates_by_member: {
-            member: {path: updates[path] for path in chunk if path in updates}
-            for member, updates in updates_by_member.items()
-        }
-        shown_part = part(shown_updates)
         w = {path: kernels[path] for path in chunk}  # read once
-        svds = tables.base_svds(w, chunk)
+        every = {
+            member: {path: updates[path] for path in chunk if path in updates}
+            for member, updates in members.items()
+        }
+        of_shown = {member: every[member] for member in shown.index}
+        of_updates = tables.update_svds(every) if delta_svds is None else delta_svds
+        both = {"svds": tables.base_svds(w, chunk), "delta_svds": of_updates}
         phi = {
-            member: tables.against_base({member: updates}, w, [member], svds=svds)
-            for member, updates in shown_part.items()
+            member: tables.against_base({member: updates}, w, [member], **both)
+            for member, updates in of_shown.items()
             if updates
         }
         held = [row for member, by_path in phi.items() for row in _held(member, by_path)]
         rng = np.random.default_rng([0, number])
         return Compared(
-            tables.amplifications(part(members), w, svds),
+            tables.amplifications(every, w, **both),
             pd.DataFrame(held),
             {member: by_path[drawn] for member, by_path in phi.items() if drawn in by_path},
-            tables.intruder_table(shown_part, w, INTRUDERS_OF, rng=rng, svds=svds),
-            *tables.base_spectra(w, svds),
+            tables.intruder_table(of_shown, w, INTRUDERS_OF, rng=rng, **both),
+            *tables.base_spectra(w, both["svds"]),
         )
 
     shapes = {path: tables.kernel_shape(kernels, path) for path in paths}

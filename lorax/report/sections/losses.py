@@ -10,7 +10,7 @@ from lorax.analysis.figures import layout as layouts
 from lorax.analysis.figures.layout import Layout
 from lorax.report import page, selection, words
 from lorax.report.page import Picture, Section
-from lorax.report.sections.outcome import Sweep, without_full
+from lorax.report.sections.outcome import Sweep, axes_of_adapters
 
 NOT_REACHED = "Hollow dots: a seed diverged or was stopped, and is not in the mean."
 
@@ -128,7 +128,7 @@ def numbers(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
 
 def curve(sweep: Sweep) -> Section:
     """Loss against an axis of the sweep, and the table of settings."""
-    by = without_full(sweep).by
+    by = axes_of_adapters(sweep)
     if by.main is None:
         text = "All members have the same setting except for the seed, so there is no curve."
         return Section("Loss", page.paragraph(text) + settings(sweep))

@@ -47,23 +47,34 @@ def read(run: runs.Run, found: Mapping[str, Any] | None = None) -> Sweep:
     return Sweep(run, table, by, scores, settings, best, chosen, base)
 
 
-def without_full(sweep: Sweep) -> Sweep:
-    """The sweep without the members of full fine-tuning, which stand beside it; the sweep itself if
-    nothing else differs then."""
+def axes_of_adapters(sweep: Sweep) -> runs.Axes:
+    """The axes of the members without those of full fine-tuning, which stand beside the sweep; of
+    all members if nothing else differs then."""
     table = sweep.table[sweep.table["method"] != "full"]
-    by = runs.axes(sweep.run, table) if len(table) else sweep.by
-    if by.main is None or len(table) == len(sweep.table):
+    if not 0 < len(table) < len(sweep.table):
+        return sweep.by
+    by = runs.axes(sweep.run, table)
+    return sweep.by if by.main is None else by
+
+
+def without_full(sweep: Sweep) -> Sweep:
+    """The sweep of the members that `axes_of_adapters` are for."""
+    by = axes_of_adapters(sweep)
+    if by is sweep.by:
         return sweep
+    table = sweep.table[sweep.table["method"] != "full"]
     settings = runs.settings(table, by, sweep.scores)
     best = runs.best_setting(settings)
     return sweep._replace(table=table, by=by, settings=settings, best=best)
 
 
-def answered(run: runs.Run) -> tuple[dict[str, Any] | None, list[Section]]:
+def answered(
+    run: runs.Run, found: dict[str, Any] | None = None
+) -> tuple[dict[str, Any] | None, list[Section]]:
     """(the answer of a run, its section with analysis/answer.json); (None, a section with the
-    error) if that failed."""
+    error) if that failed. found: the answer, if already computed."""
     try:
-        found = answer.answer(run)
+        found = answer.answer(run) if found is None else found
         files = {"answer.json": answer.as_json(found)}
         return found, [section(found)._replace(files=files)]
     except Exception as error:  # show the rest of the page

@@ -7,12 +7,12 @@ from lorax.analysis.figures import layout as layouts
 from lorax.report import page, words
 from lorax.report.page import Picture, Section
 from lorax.report.sections import losses
-from lorax.report.sections.outcome import Sweep, without_full
+from lorax.report.sections.outcome import Sweep, axes_of_adapters
 
 
 def maps(sweep: Sweep) -> list[Section]:
     """The loss over every two numeric axes. The first map is open, the others are folded."""
-    by, table, unit = without_full(sweep).by, sweep.table, runs.loss_unit(sweep.run)
+    by, table, unit = axes_of_adapters(sweep), sweep.table, runs.loss_unit(sweep.run)
     pairs = layouts.pairs(table, by)
     if not pairs:
         return []
@@ -49,7 +49,7 @@ def _map_caption(table: pd.DataFrame, layout: layouts.Layout, points: pd.DataFra
 
 def sizes(sweep: Sweep) -> list[Section]:
     """Loss against trainable parameters, with the settings that no other beats."""
-    by, table = without_full(sweep).by, sweep.table
+    by, table = axes_of_adapters(sweep), sweep.table
     found = runs.measured(table)
     if by.main is None or table["trainable_params"].nunique() < 2 or table[found.loss].isna().all():
         return []
@@ -87,7 +87,7 @@ def frontier(sweep: Sweep) -> pd.DataFrame:
     """The settings that no other beats with as many trainable parameters or fewer: their axes,
     method, trainable_params, mean, low, high, n. A setting of which a seed is lost is not among
     them."""
-    by = without_full(sweep).by
+    by = axes_of_adapters(sweep)
     others = [*by.others, *["method"] * ("method" not in by.names)]
     by = runs.Axes(by.main, tuple(others), by.tuned)
     whole = runs.eligible(runs.settings(sweep.table, by))
@@ -100,7 +100,7 @@ def frontier(sweep: Sweep) -> pd.DataFrame:
 
 def parallel(sweep: Sweep) -> list[Section]:
     """Every member as a line through its values on all axes."""
-    table, by = sweep.table, without_full(sweep).by
+    table, by = sweep.table, axes_of_adapters(sweep)
     names = by.fields
     if not names or len(table) < 3:
         return []

@@ -42,7 +42,10 @@ class Comparison(NamedTuple):
 
 
 def of_sweep(
-    shown: pd.DataFrame, found: Mapping[int, tables.Updates], apart: Sequence[str] = ()
+    shown: pd.DataFrame,
+    found: Mapping[int, tables.Updates],
+    apart: Sequence[str] = (),
+    svds: Mapping[int, tables.SVDs] | None = None,
 ) -> list[Comparison]:
     """A small and a large rank, with the same seed and across seeds; and two seeds at the largest.
 
@@ -51,8 +54,10 @@ def of_sweep(
       found: their updates, factors or dense.
       apart: fields that are equal within a pair (rank and seed are never among them); each
         combination of their values gets its own comparisons.
+      svds: from `tables.update_svds`, if already computed.
     """
-    bases = {member: tables.bases(found[member]) for member in shown.index}
+    svds = tables.update_svds({m: found[m] for m in shown.index}) if svds is None else svds
+    bases = {member: tables.bases(found[member], svds=svds[member]) for member in shown.index}
     fields = [name for name in apart if name != "rank" and shown[name].astype(str).nunique() > 1]
     if not fields:
         return _of_setting(shown, bases)
