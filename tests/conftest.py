@@ -1,5 +1,7 @@
 """Strict numerics for every test: 8 CPU devices, no silent promotion, warnings are errors."""
 
+import ctypes
+import gc
 import os
 import shutil
 import tempfile
@@ -62,6 +64,23 @@ def pytest_configure(config):
         "ignore:.*past_key_values.*is deprecated.*:FutureWarning",  # PEFT's prefixes
     ):
         config.addinivalue_line("filterwarnings", line)
+
+
+#: Pages in memory, first in the file the program's size, then what is resident.
+PAGES = Path("/proc/self/statm")
+MOST = 3e9  # bytes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_forgotten():
+    """JAX keeps every program that it compiled: those of all modules come to 10 GB a process."""
+    yield
+    if PAGES.exists() and int(PAGES.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") > MOST:
+        jax.clear_caches()
+        gc.collect()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        if trim:
+            trim(0)
 
 
 def pytest_unconfigure(config):
