@@ -12,8 +12,8 @@ from pathlib import Path
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Most programs of tests run a few steps: XLA takes longer to optimise them than they run. Tests of
-# what a program weighs have `optimised`, and the newest Python's part optimises as users' runs do.
+# Most programs of tests run a few steps: LLVM takes longer to optimise them than they run. The
+# newest Python's part of the gate compiles as users' runs do.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 # Tests that start a run anew compile the same programs: the second one reads the first one's.
 COMPILED = (
@@ -107,17 +107,6 @@ def registry():
     yield catalogue.ROWS
     catalogue.ROWS.clear()
     catalogue.ROWS.update(before)
-
-
-@pytest.fixture(scope="module")
-def optimised():
-    """Programs that a module's tests make, also in other processes, are compiled as users' are."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "false")
-        jax.config.update("jax_disable_most_optimizations", False)
-        yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")
