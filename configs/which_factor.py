@@ -13,7 +13,7 @@ not win in both. Each at its best of eight rates by halving. experiments/which_f
 
 from lorax.scales import scale, two_digits
 
-FACTORS = tuple(2.0**k for k in range(-4, 4))  # of the rate
+FACTORS = tuple(2.0**k for k in range(-2, 6))  # of the rate: one factor alone wants larger ones
 
 
 def get_config(arg=None):
