@@ -62,9 +62,12 @@ def recorded(part: Path):
 def logged(part: Path):
     """Context in which all that the process prints, its libraries too, is appended to worker.log,
     and an error's traceback. For processes that an engine began."""
-    kept = [os.dup(1), os.dup(2)]
+    kept, by_line = [os.dup(1), os.dup(2)], sys.stdout.line_buffering
     with open(part / LOG, "ab") as log:
         try:
+            sys.stdout.reconfigure(
+                line_buffering=True
+            )  # Python's lines keep their place among others
             _flush()
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
@@ -73,6 +76,7 @@ def logged(part: Path):
             traceback.print_exc()
             raise
         finally:
+            sys.stdout.reconfigure(line_buffering=by_line)
             _flush()
             for number, copy in zip((1, 2), kept, strict=True):
                 os.dup2(copy, number)

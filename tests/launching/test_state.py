@@ -98,8 +98,10 @@ except KeyError:
 
 
 def test_all_that_a_worker_prints_is_in_its_log(part):
+    usual = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     for _ in range(2):
-        done = subprocess.run([sys.executable, "-c", PRINTS, str(part)], capture_output=True)
+        words = [sys.executable, "-c", PRINTS, str(part)]
+        done = subprocess.run(words, capture_output=True, env=usual)
         assert (done.stdout, done.stderr) == (b"after\n", b"")
     text = (part / state.LOG).read_text()
     assert text.count("from Python\nfrom a library\nTraceback") == text.count("KeyError: 'x'") == 2
