@@ -75,7 +75,7 @@ def minilm() -> ConfigDict:
     config.task.group_by_length = True
     config.train.seq_len = 64
     config.train.steps = 300
-    config.train.lr = 4e-3
+    config.train.lr = 2e-3
     config.train.warmup = 30
     config.eval.every = 150
     config.eval.batch_size = 64
