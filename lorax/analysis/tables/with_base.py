@@ -26,6 +26,7 @@ from lorax.analysis.tables.matrices import (
     with_base,
 )
 from lorax.analysis.tables.singular_values import base_svds
+from lorax.analysis.tables.statistics import singular_values
 from lorax.interop.peft import Factors
 
 EPSILONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # thresholds of an intruder's cosine
@@ -145,7 +146,6 @@ def intruder_table(
     rng = np.random.default_rng(rng)
     flat = by_matrix(updates, kernels)
     svds = base_svds(kernels, (path for _, path in flat)) if svds is None else svds
-    delta_svds = update_svds(updates) if delta_svds is None else delta_svds
     epsilon = np.asarray(epsilon, np.float64)
     counts = {}
     for keys in stacks({key: shape_of(update) for key, update in flat.items()}):
@@ -154,10 +154,9 @@ def intruder_table(
         if not len(ks):
             continue
         counted = _counts(w, update, ks, epsilon, side, w_svd)  # (matrices, k's, epsilons)
-        if isinstance(update, tuple):
-            sigma = np.stack([delta_svds[member][path][1] for member, path in keys])
-        else:
-            sigma = np.linalg.svd(update.astype(np.float64), compute_uv=False) if draws else None
+        if draws:
+            found = singular_values({key: flat[key] for key in keys}, delta_svds)
+            sigma = np.stack([found[key] for key in keys])
         random = [
             _counts(w, intruders.norm_matched(rng, update, sigma), ks, epsilon, side, w_svd)
             for _ in range(draws)
