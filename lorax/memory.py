@@ -1,5 +1,5 @@
-"""How much memory this process may still allocate: the smallest of what the machine, the container
-(cgroup) and the process's own limit (`ulimit -v`) leave."""
+"""How much memory this process has, and how much it may still allocate: the smallest of what the
+machine, the container (cgroup) and the process's own limit (`ulimit -v`) leave."""
 
 import resource
 from pathlib import Path
@@ -39,6 +39,11 @@ def check() -> None:
         raise MemoryError(
             f"JAX needs at least {needs / 1e9:.1f} GB and {left.bytes / 1e9:.1f} GB {left.limit}"
         )
+
+
+def of_process(field: str) -> int:
+    """Bytes of this process as Linux counts them: "VmRSS" now, "VmHWM" at the peak; 0 elsewhere."""
+    return 1024 * _field(Path("/proc/self/status"), f"{field}:")
 
 
 def _groups(root: Path) -> list[tuple[Path, str, str, str]]:

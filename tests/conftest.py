@@ -24,7 +24,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED)
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-from lorax import catalogue  # noqa: E402
+from lorax import catalogue, memory  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -66,21 +66,17 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", line)
 
 
-#: Pages in memory, first in the file the program's size, then what is resident.
-PAGES = Path("/proc/self/statm")
-MOST = 3e9  # bytes
+MOST = 3e9  # bytes of a process
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _programs_are_forgotten():
     """JAX keeps every program that it compiled: those of all modules come to 10 GB a process."""
     yield
-    if PAGES.exists() and int(PAGES.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") > MOST:
+    if memory.of_process("VmRSS") > MOST:  # on Linux
         jax.clear_caches()
         gc.collect()
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-        if trim:
-            trim(0)
+        ctypes.CDLL(None).malloc_trim(0)  # without it glibc keeps what JAX has freed
 
 
 def pytest_unconfigure(config):

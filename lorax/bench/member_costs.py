@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from lorax import config, report, rounds, rundir, xla
+from lorax import config, memory, report, rounds, rundir, xla
 from lorax.analysis import answer, runs
 from lorax.models import kernels
 from lorax.planning import costs
@@ -70,11 +70,11 @@ class Clock:
 
     def enter(self, phase: str) -> None:
         """Begin a phase; "" for none."""
-        seconds, peak = time.process_time() - self.began, memory("VmHWM") - self.before
+        seconds, peak = time.process_time() - self.began, memory.of_process("VmHWM") - self.before
         if self.phase:
             self.found[self.phase] = [seconds, peak / 1e6]
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
-        self.phase, self.before, self.began = phase, memory("VmRSS"), time.process_time()
+        self.phase, self.before, self.began = phase, memory.of_process("VmRSS"), time.process_time()
 
 
 def ignore(*_) -> None:
@@ -84,12 +84,6 @@ def ignore(*_) -> None:
 def stop(done: float, total: float) -> None:
     """Progress at which a user stops the run."""
     raise KeyboardInterrupt
-
-
-def memory(field: str) -> int:
-    """Bytes of this process, as Linux counts them."""
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return next(1024 * int(words[1]) for words in lines if words[0] == f"{field}:")
 
 
 if __name__ == "__main__":
