@@ -118,6 +118,15 @@ class Tuned(NamedTuple):
         return next((self.doubts[name] for name in asked if name in self.doubts), "")
 
 
+ONE_RATE, AT_EDGE = "one learning rate", "at the edge of its grid"
+
+
+def in_short(doubts: Iterable[str]) -> list[str]:
+    """The kinds of `Tuned.doubts`, each once, as titles of figures say them."""
+    kinds = {ONE_RATE: ONE_RATE, AT_EDGE: "a rate at the edge"}
+    return [short for kind, short in kinds.items() if any(kind in doubt for doubt in doubts)]
+
+
 def label(setting: Iterable) -> str:
     """A setting in words: ("q v", 8) is "q v, 8"."""
     return ", ".join(map(str, setting))
@@ -141,9 +150,9 @@ def tuned(table: pd.DataFrame, by: list[str], loss: str = "final_loss", rate: st
         best.append(members[members[rate] == chosen].assign(setting=words))
         tried = sorted(set(members[rate]))
         if len(tried) == 1:
-            doubts[words] = f"one learning rate, {chosen:g}"
+            doubts[words] = f"{ONE_RATE}, {chosen:g}"
         elif chosen in (tried[0], tried[-1]):
-            doubts[words] = f"best rate of {words} at the edge of its grid, {chosen:g}"
+            doubts[words] = f"best rate of {words} {AT_EDGE}, {chosen:g}"
     return Tuned(pd.concat(best, ignore_index=True), doubts)
 
 

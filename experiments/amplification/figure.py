@@ -6,7 +6,7 @@ python -m experiments.amplification.figure
 from pathlib import Path
 
 from experiments.plotting import THIN, drawn, legend, line
-from experiments.verdicts import numbers
+from experiments.verdicts import in_short, numbers
 
 HERE = Path(__file__).parent
 NAMES = {"factor": "amplification ‖ΔW‖ / ‖UᵀWV‖", "over_chance": "‖UᵀWV‖ / random directions'"}
@@ -30,8 +30,8 @@ def main() -> None:
                 panel.set_ylabel(label)
             panels[0].set_yscale("log", base=2)
             panels[0].yaxis.set_major_formatter("{x:g}")
-            doubt = "\none learning rate" if of_base["doubt"].any() else ""
-            panels[0].set_title(f"{base}, the largest r: {largest}{doubt}")
+            doubts = in_short(of_base["doubt"].dropna())
+            panels[0].set_title("\n".join((f"{base}, the largest r: {largest}", *doubts)))
             panels[1].set_ylim(bottom=0)
             panels[1].axhline(1, **THIN)
             panels[1].set_xlabel("layer")

@@ -10,11 +10,10 @@ from matplotlib.ticker import EngFormatter, NullFormatter, NullLocator
 from experiments import losses
 from experiments.plotting import COLOURS, dots, drawn, legend, line_style
 from experiments.rank.rule import BY
+from experiments.verdicts import in_short
 
 HERE = Path(__file__).parent
 TARGETS = ("q", "q v", "q k v o")
-#: {words of `verdicts.tuned`: what a title says}
-DOUBTS = {"one learning rate": "one learning rate", "edge of its grid": "a rate at the edge"}
 
 
 def main() -> None:
@@ -38,9 +37,7 @@ def draw(panels, base: str, of: losses.Losses) -> None:
             dots(panel, seeds[x], seeds[of.split], COLOURS[n], right=4)
         panel.set_ylabel(f"{of.split} loss (nats a token)")
     by_rank, by_size = panels
-    reasons = "\n".join(of.doubts.values())
-    doubts = [said for words, said in DOUBTS.items() if words in reasons]
-    by_rank.set_title(", ".join((base, *doubts)))
+    by_rank.set_title(", ".join((base, *in_short(of.doubts.values()))))
     ranks = sorted(set(means["rank"]))
     by_rank.set_xscale("log", base=2)
     by_rank.set_xticks(ranks, ranks)

@@ -8,6 +8,7 @@ from pathlib import Path
 from experiments import losses
 from experiments.plotting import COLOURS, MARKERS, dots, drawn, legend
 from experiments.targets.rule import BY, ONE
+from experiments.verdicts import in_short
 
 HERE = Path(__file__).parent
 
@@ -29,7 +30,7 @@ def main() -> None:
                 dots(panel, seeds[of.split], at, COLOURS[n], up=5)
             panel.set_yticks(rows.index, rows["targets"] + ", r = " + rows["rank"].astype(str))
             panel.invert_yaxis()
-            panel.set_title(base + (", one learning rate" if of.doubts else ""))
+            panel.set_title(", ".join((base, *in_short(of.doubts.values()))))
             panel.set_xlabel(f"{of.split} loss (nats a token)")
         legend(grid)
 
