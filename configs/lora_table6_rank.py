@@ -20,8 +20,7 @@ def get_config(arg=None):
     config.sweep.targets = (("q",), ("q", "v"), ("q", "k", "v", "o"))
     config.sweep.rank = (1, 2, 4, 8, largest_rank(arg))
     config.sweep.seed = (0, 1, 2)
-    few = {"minilm": (1, 8, 64), "smollm2": (1, 4, 8, 64)}  # of models whose steps take long
-    if (model := (arg or "").partition("-")[0]) in few:
-        config.sweep.targets, config.sweep.rank = (("q",), ("q", "v")), few[model]
+    if arg and arg.startswith(("minilm", "smollm2")):  # their steps take long
+        config.sweep.targets, config.sweep.rank = (("q",), ("q", "v")), (1, 4, 8, 64)
     tune(config, 2e-2 if arg is None else None)
     return config
