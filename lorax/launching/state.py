@@ -65,9 +65,8 @@ def logged(part: Path):
     kept, by_line = [os.dup(1), os.dup(2)], sys.stdout.line_buffering
     with open(part / LOG, "ab") as log:
         try:
-            sys.stdout.reconfigure(
-                line_buffering=True
-            )  # Python's lines keep their place among others
+            # Else a library's lines would come before those that Python still has.
+            sys.stdout.reconfigure(line_buffering=True)
             _flush()
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
