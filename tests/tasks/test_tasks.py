@@ -196,14 +196,12 @@ def test_evaluation_rows_are_evenly_spaced_and_as_wide_as_the_longest(vocabulary
 
 
 def test_registry_is_complete():
-    modules = [
-        pkgutil.resolve_name(f"lorax.tasks.{x.name}") for x in pkgutil.iter_modules(tasks.__path__)
-    ]
+    modules = {x.name for x in pkgutil.iter_modules(tasks.__path__, "lorax.tasks.")}
     with_tasks = {row.load.__module__ for row in tasks.TASKS.values()}
     helpers = ("metrics", "records", "rows", "sentences", "rendering", "templates", "sources")
     helpers += ("tabular", "harness", "captioned_images")
     helpers += ("data", "table", "kinds", "scores", "subsets", "splits", "batch_order")
-    assert {x.__name__ for x in modules} == with_tasks | {f"lorax.tasks.{x}" for x in helpers}
+    assert modules == with_tasks | {f"lorax.tasks.{x}" for x in helpers}
 
 
 def test_unknown_task(vocabulary):
