@@ -20,6 +20,7 @@ COMPILED = (
     tempfile.mkdtemp(prefix="lorax-tests-") if "PYTEST_XDIST_WORKER" not in os.environ else ""
 )
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

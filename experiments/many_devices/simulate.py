@@ -103,9 +103,12 @@ def sharded(label: str, members: int) -> list[dict]:
 
 def gather() -> list[dict]:
     """Tokens on a device at which the product with a layer takes as long as its gathering: n
-    numbers of b bytes take b n / bandwidth to gather and 2 n tokens / rate to multiply."""
+    numbers of b bytes take b n / bandwidth to gather and 2 n tokens / rate to multiply. Without
+    the CPU, whose rate is that of the cores at hand."""
     rows = []
     for name, device in DEVICES.items():
+        if name == "cpu":
+            continue
         far = mesh_costs.bandwidth(device, 1, 2 * device.linked)
         for stored, size in (("bfloat16", 2), ("NF4", (4 + 8 / 64 + 32 / (64 * 256)) / 8)):
             near, over = (size * device.half / 2 / speed for speed in (device.link, far))
