@@ -25,7 +25,6 @@ def get_config(arg=None):
         near = nearest(arg, METRICS)
         raise ValueError(f"--config=FILE:{arg}: choose {' or '.join(METRICS)}{near}")
     config = minilm()
-    config.operands = "float32"  # all weights are trained
     config.task.subset = arg
     config.method.name = "subspace"
     config.method.projection = "sparse"

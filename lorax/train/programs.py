@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lorax import hosts, sharding, tree, xla
+from lorax import hosts, ops, sharding, tree, xla
 from lorax.methods import truncated
 from lorax.models import Base
 from lorax.tasks import kinds
@@ -189,11 +189,21 @@ def program_of(stacked: Stack, base: Base, width: int, kind: kinds.Kind) -> step
 
 
 def halved(stacked: Stack, base: Base) -> dict:
-    """{path: Site} of the frozen kernels that multiply in bfloat16, if the config asks for it."""
+    """{path: Site} of the frozen kernels that multiply in bfloat16, if the config asks for it: all
+    in whose place the method puts no array of its own."""
     if stacked.config.operands == "float32":
         return {}
-    full = {p.removesuffix("/w") for p in tree.flatten(stacked.state.trainable) if p.endswith("/w")}
-    return {path: site for path, site in base.sites.items() if path not in full}
+    method = stacked.methods[0]
+
+    def replaced(trainable, constants, params):
+        before = tree.flatten(params)
+        after = tree.flatten(method.bind(trainable, constants, params, None, base.sites))
+        kept = lambda path: ops.is_operator(after[path]) or after[path] is before[path]
+        return {path: after[path] for path in base.sites if not kept(path)}
+
+    constants, _, state = stacked.one
+    own = jax.eval_shape(replaced, state.trainable, constants, base.params)
+    return {path: site for path, site in base.sites.items() if path not in own}
 
 
 def training(program: step.Program, width: int) -> Callable:

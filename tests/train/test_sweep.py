@@ -16,6 +16,7 @@ from lorax.tasks import kinds
 from lorax.train import fitting, layouts, stacks
 from lorax.train import step as train_step
 from lorax.train.batches import batch_shapes, eval_batches, train_batches
+from lorax.train.programs import halved
 
 CONFIG = gpt2.Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
 
@@ -441,3 +442,26 @@ def test_the_loss_of_an_evaluation_does_not_depend_on_its_batches(mlp, images):
 def test_steps_per_call_divide_the_distance_between_evaluations(every, k):
     assert steps_per_call(every) == k
     assert steps_per_call(every, offload="optimizer") == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [
+        ({"name": "lora", "targets": ("q",)}, 0),
+        ({"name": "dora", "targets": ("q",)}, 0),
+        ({"name": "subspace"}, None),
+        ({"name": "full", "parameters": ("q", "norms")}, 1),
+        ({"name": "full", "layers": (0,)}, None),
+    ],
+    ids=["lora", "dora", "subspace", "full", "full-layers"],
+)
+def test_kernels_that_a_method_makes_anew_do_not_multiply_in_bfloat16(base, task, method, own):
+    """own: how many kernels the method replaces; None: all of the layers."""
+    c = settings(**({"dim": (8,)} if method["name"] == "subspace" else {}))
+    c.operands = "bfloat16"
+    c.method.update(method)
+    whole = base.sites.keys() - halved(stack_of(c, base), base).keys()
+    in_layers = {path for path in base.sites if path.startswith("h/")}
+    assert whole >= in_layers if own is None else len(whole) == own
+    losses = run(c, base, task)[1]
+    assert np.isfinite(losses).all() and losses[0, -1] < losses[0, 0]
