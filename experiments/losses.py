@@ -5,8 +5,8 @@ chooses the rate and the loss of test rows is compared, so that the choice makes
 Two files have all that a contrast needs:
 
 losses.csv  a row a member: base, the setting, lr, seed, status, trainable_params, and losses in
-            nats a token: start and start_test before training, validation and test after it (none
-            for members that a race stopped, or that diverged)
+            nats a token (MiniLM: a sentence): start and start_test before training, validation and
+            test after it (none for members that a race stopped, or that diverged)
 rows.csv    the part of the settings' errors that comes from the test rows: the covariance of the
             mean losses of two settings, by `lorax.analysis.compare.bootstrap`. The other part, from
             the seeds, follows from losses.csv

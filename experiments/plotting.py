@@ -62,6 +62,11 @@ def line(axes: Axes, n: int, values: pd.DataFrame, label: str, doubt: str = "") 
     dots(axes, values.index, values, style["color"], right=4)
 
 
+def of_loss(split: str, base: str) -> str:
+    """The name of an axis of losses. MiniLM classifies whole sentences."""
+    return f"{split} loss (nats a {'sentence' if base.startswith('MiniLM') else 'token'})"
+
+
 class Row(NamedTuple):
     """A number of a claim, as `intervals` draws it."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from experiments import losses
 from experiments.layers.rule import BY
-from experiments.plotting import drawn, line_style
+from experiments.plotting import drawn, line_style, of_loss
 
 HERE = Path(__file__).parent
 
@@ -25,7 +25,7 @@ def main() -> None:
                 axes.plot([n] * len(seeds), seeds, ".", color="0.6", markersize=4)
             axes.set_xticks(range(len(means)), means["targets"])
             axes.set_title(base)
-            axes.set_ylabel(f"{of.split} loss (nats a token)")
+            axes.set_ylabel(of_loss(of.split, base))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from experiments import losses
 from experiments.little_data.rule import BY
-from experiments.plotting import drawn, legend, line
+from experiments.plotting import drawn, legend, line, of_loss
 
 HERE = Path(__file__).parent
 NAMES = {"lora": "LoRA, r = 8", "full": "full fine-tuning", "prefix": "prefix"}
@@ -22,7 +22,7 @@ def main() -> None:
                 line(axes, n, own.pivot(index="n_train", columns="seed", values=of.split), label)
             axes.set_title(base)
             axes.set_xlabel("training examples")
-            axes.set_ylabel(f"{of.split} loss (nats a token)")
+            axes.set_ylabel(of_loss(of.split, base))
         legend(grid)
 
 

@@ -5,10 +5,10 @@ python -m experiments.rank.figure
 
 from pathlib import Path
 
-from matplotlib.ticker import EngFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, NullLocator
 
 from experiments import losses
-from experiments.plotting import COLOURS, dots, drawn, legend, line_style
+from experiments.plotting import COLOURS, dots, drawn, legend, line_style, of_loss
 from experiments.rank.rule import BY
 from experiments.verdicts import in_short
 
@@ -35,7 +35,7 @@ def draw(panels, base: str, of: losses.Losses) -> None:
             panel.errorbar(own[x], own["loss"], bars, capsize=3, label=label, **line_style(n))
             seeds = of.members[of.members["targets"] == targets]
             dots(panel, seeds[x], seeds[of.split], COLOURS[n], right=4)
-        panel.set_ylabel(f"{of.split} loss (nats a token)")
+        panel.set_ylabel(of_loss(of.split, base))
     by_rank, by_size = panels
     by_rank.set_title(", ".join((base, *in_short(of.doubts.values()))))
     ranks = sorted(set(means["rank"]))
@@ -44,6 +44,9 @@ def draw(panels, base: str, of: losses.Losses) -> None:
     by_rank.xaxis.set_minor_locator(NullLocator())
     by_rank.set_xlabel("rank r of the adapter")
     by_size.set_xscale("log")
+    sizes = means["trainable_params"]
+    wide = sizes.max() > 10 * sizes.min()
+    by_size.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
     by_size.xaxis.set_major_formatter(EngFormatter(sep=""))
     by_size.xaxis.set_minor_formatter(NullFormatter())
     by_size.set_xlabel("trainable parameters")

@@ -6,7 +6,7 @@ python -m experiments.targets.figure
 from pathlib import Path
 
 from experiments import losses
-from experiments.plotting import COLOURS, MARKERS, dots, drawn, legend
+from experiments.plotting import COLOURS, MARKERS, dots, drawn, legend, of_loss
 from experiments.targets.rule import BY, ONE
 from experiments.verdicts import in_short
 
@@ -31,7 +31,7 @@ def main() -> None:
             panel.set_yticks(rows.index, rows["targets"] + ", r = " + rows["rank"].astype(str))
             panel.invert_yaxis()
             panel.set_title(", ".join((base, *in_short(of.doubts.values()))))
-            panel.set_xlabel(f"{of.split} loss (nats a token)")
+            panel.set_xlabel(of_loss(of.split, base))
         legend(grid)
 
 
